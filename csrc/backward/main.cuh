@@ -1,0 +1,377 @@
+// The backward main kernel on warp-level MMA. One source serves sm80 and sm90.
+//
+// A CTA keeps K and V of a sub-block in shared memory and its dK and dV in registers, and walks tiles of query rows. Scores are
+// computed transposed (keys are rows), so that P^T and dS^T, written to shared memory once, are A operands of dV = P^T dO and
+// dK = dS^T Q as they stand and of dQ = dS K through a transposing load. K and V are interleaved (layout.h): the chunks of Q and dO
+// that a lane loads whole then match its A fragments, and a lane's dQ accumulators are 8 neighbouring columns.
+#pragma once
+
+#include "backward/main.h"
+#include "backward/main_traits.h"
+#include "device/convert.cuh"
+#include "device/key_value_gradients.cuh"
+#include "device/layout.h"
+#include "device/load_tile.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax.cuh"
+#include "device/work_item.cuh"
+#include "launch.h"
+
+namespace fsa {
+namespace backward_main {
+
+// The query rows of a tile, in shared memory.
+template <typename Traits>
+struct QueryTileRows {
+    int64_t q_offset[Traits::kTileQ];     // elements from the start of q
+    int64_t dout_offset[Traits::kTileQ];  // elements from the start of dout
+    int partial_row[Traits::kTileQ];      // of dq_partial; -1: no such row
+    int last_visible[Traits::kTileQ];     // counted from the sub-block's first key
+    float lse_log2[Traits::kTileQ];       // +inf where the row must not contribute: exp2(x - inf) = 0
+    float delta[Traits::kTileQ];
+};
+
+template <typename Traits>
+struct SharedTiles {
+    uint32_t k, v, q, dout, probs, dscores;  // shared-memory addresses; probs and dscores are [keys][queries]
+    QueryTileRows<Traits>* rows;             // [2]
+    float* poison;                           // [tile_k]: NaN for a key that holds inf or NaN, else 0
+    WorkItem* item;                          // the current one: the accumulators leave no registers for it
+};
+
+template <typename Traits>
+__device__ __forceinline__ SharedTiles<Traits> carve_shared_memory(unsigned char* shared) {
+    static_assert(sizeof(QueryTileRows<Traits>) == Traits::kRowBytes && sizeof(WorkItem) <= Traits::kItemBytes);
+    SharedTiles<Traits> s;
+    s.k = shared_address(shared);
+    s.v = s.k + Traits::kKeyTileBytes;
+    s.q = s.v + Traits::kKeyTileBytes;
+    s.dout = s.q + Traits::kQueryTileBytes;
+    s.probs = s.dout + Traits::kQueryTileBytes;
+    s.dscores = s.probs + Traits::kProbTileBytes;
+    s.rows = reinterpret_cast<QueryTileRows<Traits>*>(shared + Traits::kTileBytes);
+    s.poison = reinterpret_cast<float*>(shared + Traits::kTileBytes + 2 * Traits::kRowBytes);
+    s.item = reinterpret_cast<WorkItem*>(s.poison + Traits::kTileK);
+    return s;
+}
+
+// Thread i < kTileQ describes row i of a tile.
+template <typename Traits>
+__device__ __forceinline__ void describe_row(
+    QueryTileRows<Traits>& rows, const BackwardMainParams& p, const WorkItem& item, int tile, int edge) {
+    const int i = threadIdx.x;
+    const QueryRow r = make_query_row(p.geometry, item, tile * Traits::kTileQ + i, edge);
+    const int64_t head = static_cast<int64_t>(item.kv_head) * p.geometry.group_size + r.group_head;
+    const int64_t at = head * p.geometry.sequences.total_q + r.query;
+    const float lse = __ldg(p.lse + at), delta = __ldg(p.delta + at);
+    const bool contributes = r.partial_row >= 0 && lse != -INFINITY;
+    rows.q_offset[i] = r.query * p.q.token_stride + head * p.q.head_stride;
+    rows.dout_offset[i] = r.query * p.dout.token_stride + head * p.dout.head_stride;
+    rows.partial_row[i] = r.partial_row;
+    rows.last_visible[i] = r.last_visible;
+    rows.lse_log2[i] = contributes ? lse * kLog2E : INFINITY;
+    rows.delta[i] = contributes ? delta : 0.f;
+}
+
+// Q and dO of a tile, asynchronously. Rows that do not exist become zeros.
+template <typename Traits>
+__device__ __forceinline__ void gather_queries(
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p) {
+    using T = typename Traits::T;
+    using Tile = SwizzledTile<Traits::kHeadDim * 2>;
+    constexpr int kChunks = Traits::kHeadDim / 8;
+    static_assert(Traits::kTileQ * kChunks % Traits::kThreads == 0);
+    const int thread = thread_index_unhoisted(), num_chunks = p.geometry.head_dim / 8;
+#pragma unroll
+    for (int i = 0; i < Traits::kTileQ * kChunks / Traits::kThreads; ++i) {
+        const int index = i * Traits::kThreads + thread, row = index / kChunks, chunk = index % kChunks;
+        const bool valid = rows.partial_row[row] >= 0 && chunk < num_chunks;
+        const int column = valid ? chunk * 8 : 0;
+        const uint32_t to = Tile::offset(row, chunk);
+        cp_async_16(shared.q + to, static_cast<const T*>(p.q.data) + rows.q_offset[row] + column, valid);
+        cp_async_16(shared.dout + to, static_cast<const T*>(p.dout.data) + rows.dout_offset[row] + column, valid);
+    }
+    cp_async_commit();
+}
+
+// Puts work item `index` into shared memory. False when there is nothing to do (num_keys <= 0). All threads of the CTA take part.
+template <typename Traits>
+__device__ __forceinline__ bool fetch_work_item(const SharedTiles<Traits>& shared, const BackwardMainParams& p, int index) {
+    __syncthreads();  // every warp is done with the item before and its tiles
+    if (threadIdx.x == 0) {
+        WorkItem item;
+        load_work_item(item, p.geometry, p.plan, Traits::kTileK, index);
+        *shared.item = item;
+    }
+    if (threadIdx.x < Traits::kTileK) shared.poison[threadIdx.x] = 0.f;
+    __syncthreads();
+    return shared.item->num_keys > 0;
+}
+
+// K and V of the sub-block. True when some key holds inf or NaN. All threads of the CTA take part.
+template <typename Traits>
+__device__ __forceinline__ bool load_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p, const WorkItem& item) {
+    using T = typename Traits::T;
+    const int num_chunks = p.geometry.head_dim / 8;
+    const TileMagnitude keys = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
+        shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks},
+        [&](int row) { shared.poison[row] = NAN; });
+    load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
+        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
+    return __syncthreads_or(keys.nonfinite);
+}
+
+// 16 keys (rows) x kTileQ / 2 queries
+template <typename Traits>
+using ScoresT = float[Traits::kTileQ / Traits::kHalves / 8][4];
+
+// scores = A B^T for the warp's 16 keys and half of the queries: K Q^T or V dO^T.
+template <typename Traits>
+__device__ __forceinline__ void compute_scores_t(ScoresT<Traits>& scores, uint32_t key_tile, uint32_t query_tile) {
+    using Tile = SwizzledTile<Traits::kHeadDim * 2>;
+    constexpr int kTiles = Traits::kTileQ / Traits::kHalves / 8, kRow = Traits::kHeadDim * 2;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16, query_row = warp / Traits::kKeyWarps * kTiles * 8 + lane / 4;
+    // by parity of the group of 32 columns
+    const uint32_t key_chunk[2][2] = {
+        {key_tile + Tile::offset(key_row, lane / 16), key_tile + Tile::offset(key_row, lane / 16 + 2)},
+        {key_tile + Tile::offset(key_row, lane / 16 + 4), key_tile + Tile::offset(key_row, lane / 16 + 6)},
+    };
+    const uint32_t query_chunk[2] = {
+        query_tile + Tile::offset(query_row, lane % 4), query_tile + Tile::offset(query_row, lane % 4 + 4)};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < Traits::kHeadDim / 32; ++j) {
+        uint32_t a[2][4];
+        ldmatrix_x4(a[0], key_chunk[j % 2][0] + j / 2 * 128);
+        ldmatrix_x4(a[1], key_chunk[j % 2][1] + j / 2 * 128);
+        // n8 tiles two by two: neighbouring MMAs are independent, and no more than two fragments of B are held
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            const uint4 b0 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + n * 8 * kRow);
+            const uint4 b1 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + (n + 1) * 8 * kRow);
+            mma_m16n8k16<typename Traits::T>(scores[n], a[0], b0.x, b0.y);
+            mma_m16n8k16<typename Traits::T>(scores[n + 1], a[0], b1.x, b1.y);
+            mma_m16n8k16<typename Traits::T>(scores[n], a[1], b0.z, b0.w);
+            mma_m16n8k16<typename Traits::T>(scores[n + 1], a[1], b1.z, b1.w);
+        }
+    }
+}
+
+// P = exp2(S - lse) and dS = P (dP - delta) * softmax_scale, both zero where a query does not see the key, to shared memory.
+template <typename Traits>
+__device__ __forceinline__ void exp_and_store_probs(
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, ScoresT<Traits>& s,
+    const ScoresT<Traits>& dp, bool nonfinite_keys) {
+    using Tile = SwizzledTile<Traits::kTileQ * 2>;
+    using Half = HalfType<typename Traits::T>;
+    constexpr int kTiles = Traits::kTileQ / Traits::kHalves / 8;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+    const int key = warp % Traits::kKeyWarps * 16 + lane / 4, first_chunk = warp / Traits::kKeyWarps * kTiles;
+    // Rows ascend by query, so the first one sees least. Rows behind the last repeat it and have lse = +inf.
+    const bool masked = rows.last_visible[0] < Traits::kTileK - 1;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        const int query = (first_chunk + n) * 8 + lane % 4 * 2;
+        const float2 lse = *reinterpret_cast<const float2*>(&rows.lse_log2[query]);
+        const float2 delta = *reinterpret_cast<const float2*>(&rows.delta[query]);
+        float prob[4], dscore[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (nonfinite_keys) s[n][i] += shared.poison[key + i / 2 * 8];
+            prob[i] = exp2_approx(fmaf(s[n][i], p.softmax_scale_log2, -(i % 2 ? lse.y : lse.x)));
+            dscore[i] = prob[i] * (dp[n][i] - (i % 2 ? delta.y : delta.x)) * p.softmax_scale;
+        }
+        if (masked) {
+            const int2 last = *reinterpret_cast<const int2*>(&rows.last_visible[query]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (key + i / 2 * 8 > (i % 2 ? last.y : last.x)) prob[i] = dscore[i] = 0.f;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t at = Tile::offset(key + half * 8, first_chunk + n) + lane % 4 * 4;
+            store_shared_4(shared.probs + at, Half::pack(prob[2 * half], prob[2 * half + 1]));
+            store_shared_4(shared.dscores + at, Half::pack(dscore[2 * half], dscore[2 * half + 1]));
+        }
+    }
+}
+
+// 16 keys x kColumns
+template <typename Traits>
+using KeyGradient = float[Traits::kColumns / 8][4];
+
+// gradient += A B with A = P^T or dS^T [keys][queries] and B = dO or Q [queries][columns].
+template <typename Traits>
+__device__ __forceinline__ void accumulate_key_gradient(KeyGradient<Traits>& gradient, uint32_t prob_tile, uint32_t query_tile) {
+    using ProbTile = SwizzledTile<Traits::kTileQ * 2>;
+    using QueryTile = SwizzledTile<Traits::kHeadDim * 2>;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16, first_chunk = warp / Traits::kKeyWarps * (Traits::kColumns / 8);
+#pragma unroll
+    for (int k = 0; k < Traits::kTileQ / 16; ++k) {
+        uint32_t a[4];
+        ldmatrix_x4(a, prob_tile + ProbTile::offset(key_row, 2 * k + lane / 16));
+#pragma unroll
+        for (int pair = 0; pair < Traits::kColumns / 16; ++pair) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, query_tile + QueryTile::offset(k * 16 + lane % 16, first_chunk + 2 * pair + lane / 16));
+            mma_m16n8k16<typename Traits::T>(gradient[2 * pair], a, b[0], b[1]);
+            mma_m16n8k16<typename Traits::T>(gradient[2 * pair + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// dS of the warp's 16 queries as A fragments
+template <typename Traits>
+using ScoreGradient = uint32_t[Traits::kTileK / 16][4];
+
+template <typename Traits>
+__device__ __forceinline__ void load_score_gradient(ScoreGradient<Traits>& ds, uint32_t dscore_tile) {
+    using Tile = SwizzledTile<Traits::kTileQ * 2>;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+#pragma unroll
+    for (int k = 0; k < Traits::kTileK / 16; ++k) {
+        ldmatrix_x4_trans(
+            ds[k], dscore_tile + Tile::offset(k * 16 + lane % 8 + lane / 16 * 8, warp % Traits::kDqRowWarps * 2 + lane / 8 % 2));
+    }
+}
+
+// dQ = dS K, 32 columns at a time, each stored as soon as it is done.
+template <typename Traits>
+__device__ __forceinline__ void compute_dq_and_store(
+    const ScoreGradient<Traits>& ds, uint32_t k_tile, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, int head) {
+    using T = typename Traits::T;
+    using Tile = SwizzledTile<Traits::kHeadDim * 2>;
+    using Half = HalfType<T>;
+    constexpr int kGroups = Traits::kHeadDim / 32;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32, head_dim = p.geometry.head_dim;
+    const int first_row = warp % Traits::kDqRowWarps * 16 + lane / 4;
+    T* dq_partial = static_cast<T*>(p.dq_partial) + first_partial_row(p.geometry, head) * head_dim;
+    const int partial_row[2] = {rows.partial_row[first_row], rows.partial_row[first_row + 8]};
+#pragma unroll
+    for (int step = 0; step < (kGroups + Traits::kDqColumnWarps - 1) / Traits::kDqColumnWarps; ++step) {
+        const int group = step * Traits::kDqColumnWarps + warp / Traits::kDqRowWarps;
+        if (group >= kGroups) break;
+        float dq[4][4] = {};
+#pragma unroll
+        for (int k = 0; k < Traits::kTileK / 16; ++k) {
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, k_tile + Tile::offset(k * 16 + lane % 16, group * 4 + 2 * pair + lane / 16));
+                mma_m16n8k16<T>(dq[2 * pair], ds[k], b[0], b[1]);
+                mma_m16n8k16<T>(dq[2 * pair + 1], ds[k], b[2], b[3]);
+            }
+        }
+        const int column = 32 * group + 8 * (lane % 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int x = 2 * half;
+            if (partial_row[half] >= 0 && column < head_dim) {
+                *reinterpret_cast<uint4*>(dq_partial + static_cast<int64_t>(partial_row[half]) * head_dim + column) =
+                    make_uint4(Half::pack(dq[0][x], dq[0][x + 1]), Half::pack(dq[1][x], dq[1][x + 1]),
+                               Half::pack(dq[2][x], dq[2][x + 1]), Half::pack(dq[3][x], dq[3][x + 1]));
+            }
+        }
+    }
+}
+
+// A warp's rows of dK or dV: to the item's piece when its cell is cut into several items, else to the result.
+template <typename Traits>
+__device__ __forceinline__ void store_key_gradient(
+    const KeyGradient<Traits>& gradient, int which, const BackwardMainParams& p, const WorkItem& item, bool cut, int64_t piece) {
+    using T = typename Traits::T;
+    const Geometry& g = p.geometry;
+    const KeyValueGradients& out = p.gradients;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+    const int first_column = warp / Traits::kKeyWarps * Traits::kColumns + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int key = warp % Traits::kKeyWarps * 16 + lane / 4 + half * 8;
+        if (key >= item.num_keys) continue;
+        const int64_t token = item.key_token + key;
+        const int64_t element = token * out.token_stride + item.head * out.head_stride + first_column;
+        void* result = which == 0 ? out.dk : out.dv;
+        float* piece_elements = piece_row(out, g.subs, g.head_dim, piece, item.sub, which, key) + first_column;
+#pragma unroll
+        for (int n = 0; n < Traits::kColumns / 8; ++n) {
+            const float x = gradient[n][2 * half], y = gradient[n][2 * half + 1];
+            if (first_column + n * 8 >= g.head_dim) break;
+            if (cut) {
+                *reinterpret_cast<float2*>(piece_elements + n * 8) = make_float2(x, y);
+            } else {
+                store_gradient_pair<T>(result, element + n * 8, out.accumulate, x, y);
+            }
+        }
+    }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void store_key_gradients(
+    const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const WorkItem& item) {
+    const int cell_begin = __ldg(p.plan.csr_offsets + item.cell);
+    const bool cut = __ldg(p.plan.csr_offsets + item.cell + 1) - cell_begin > p.plan.edges_per_item;
+    const int64_t piece = first_piece(cell_begin, p.plan.edges_per_item) + (item.edge_begin - cell_begin) / p.plan.edges_per_item;
+    store_key_gradient<Traits>(dk, 0, p, item, cut, piece);
+    store_key_gradient<Traits>(dv, 1, p, item, cut, piece);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) backward_main(const __grid_constant__ BackwardMainParams p) {
+    unsigned char* shared_memory = static_cast<unsigned char*>(dynamic_shared_memory());
+    const SharedTiles<Traits> shared = carve_shared_memory<Traits>(shared_memory);
+    const Geometry& g = p.geometry;
+    const bool describes_row = threadIdx.x < Traits::kTileQ;
+
+    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index += gridDim.x) {
+        if (!fetch_work_item(shared, p, index)) continue;
+        const WorkItem& item = *shared.item;
+        const bool nonfinite_keys = load_kv_block(shared, p, item);
+
+        // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done with.
+        auto edge_of = [&](int tile) { return describes_row ? load_edge(g, p.plan, item, tile * Traits::kTileQ + threadIdx.x) : 0; };
+        const int num_tiles = (item.num_rows + Traits::kTileQ - 1) / Traits::kTileQ;
+        if (describes_row) describe_row(shared.rows[0], p, item, 0, edge_of(0));
+        int next_edge = edge_of(1);
+        __syncthreads();
+        gather_queries(shared, shared.rows[0], p);
+
+        KeyGradient<Traits> dk = {}, dv = {};
+        for (int tile = 0; tile < num_tiles; ++tile) {
+            const QueryTileRows<Traits>& rows = shared.rows[tile % 2];
+            cp_async_wait<0>();
+            __syncthreads();  // Q, dO and the rows of this tile are there
+            if (describes_row) describe_row(shared.rows[(tile + 1) % 2], p, item, tile + 1, next_edge);
+            next_edge = edge_of(tile + 2);
+            ScoresT<Traits> s, dp;
+            compute_scores_t<Traits>(s, shared.k, shared.q);
+            compute_scores_t<Traits>(dp, shared.v, shared.dout);
+            exp_and_store_probs(shared, rows, p, s, dp, nonfinite_keys);
+            __syncthreads();  // P^T and dS^T are there
+            accumulate_key_gradient<Traits>(dv, shared.probs, shared.dout);
+            accumulate_key_gradient<Traits>(dk, shared.dscores, shared.q);
+            ScoreGradient<Traits> ds;
+            load_score_gradient<Traits>(ds, shared.dscores);
+            __syncthreads();  // Q, dO, P^T and dS^T are done with
+            if (tile + 1 < num_tiles) gather_queries(shared, shared.rows[(tile + 1) % 2], p);
+            compute_dq_and_store<Traits>(ds, shared.k, rows, p, item.head);
+        }
+        store_key_gradients<Traits>(dk, dv, p, item);
+    }
+}
+
+}  // namespace backward_main
+
+template <typename T, int kHeadDim, int kTileK>
+void launch_backward_main(const BackwardMainParams& p, cudaStream_t stream) {
+    using Traits = BackwardMainTraits<T, kHeadDim, kTileK>;
+    const auto kernel = backward_main::backward_main<Traits>;
+    const int ctas = min(p.plan.max_items * p.geometry.subs, sm_count() * Traits::kMinCtas);
+    launch("backward_main", kernel, {dim3(ctas), Traits::kThreads, Traits::kSharedBytes}, p, stream);
+}
+
+}  // namespace fsa

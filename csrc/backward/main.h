@@ -1,0 +1,14 @@
+// Stage main of the backward: five matrix products a tile, dK and dV kept on chip for a block, dQ left as partials.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace fsa {
+
+// T: __half or __nv_bfloat16; kHeadDim >= head_dim, kTileK = block_size / subs. Instantiated by main_inst.cu.in.
+template <typename T, int kHeadDim, int kTileK>
+void launch_backward_main(const BackwardMainParams& params, cudaStream_t stream);
+
+}  // namespace fsa

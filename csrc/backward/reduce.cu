@@ -1,0 +1,88 @@
+#include "backward/reduce.h"
+
+#include "device/convert.cuh"
+#include "device/key_value_gradients.cuh"
+#include "device/slots.cuh"
+#include "dispatch.h"
+#include "launch.h"
+
+namespace fsa {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSlices = 8;  // CTAs that share a cell: the pieces of a block that everyone selected are megabytes
+
+// kLanes lanes a (query, head) row, lane i on columns 8i .. 8i+7; rows behind the last repeat it and store nothing.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) backward_reduce_dq(BackwardReduceParams p) {
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % kLanes, num_partials = g.topk * g.subs, column = 8 * lane;
+    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
+    const int64_t own_row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+    const SlotRow row = load_slot_row(g, p.topk_idx, min(own_row, num_rows - 1));
+
+    float dq[8] = {};
+    for (int first = 0; first < num_partials; first += kLanes) {
+        const float weight = load_slot_partial(g, row, first + lane).used ? 1.f : 0.f;
+        const T* chunk = static_cast<const T*>(p.dq_partial) +
+                         (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
+        accumulate_partials<T, kLanes>(
+            dq, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first, column < g.head_dim);
+    }
+    if (own_row >= num_rows || column >= g.head_dim) return;
+    const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
+    const int64_t head = static_cast<int64_t>(g.head_begin + row.head) * g.group_size + row.group_head;
+    store_row_chunk(static_cast<T*>(p.dq) + ((g.query_begin + row.query) * num_query_heads + head) * g.head_dim + column, dq);
+}
+
+// A CTA a cell and slice of its elements; cells of a single work item were written by main.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) backward_reduce_dkv(BackwardReduceParams p) {
+    const Geometry& g = p.geometry;
+    const KeyValueGradients& out = p.gradients;
+    const int cell = blockIdx.x, begin = p.csr_offsets[cell], num_edges = p.csr_offsets[cell + 1] - begin;
+    if (num_edges <= p.edges_per_item) return;
+
+    const int num_pieces = (num_edges + p.edges_per_item - 1) / p.edges_per_item;
+    const int64_t piece = first_piece(begin, p.edges_per_item);
+    const int head = cell / g.num_blocks, block = cell - head * g.num_blocks;
+    const int sequence = sequence_of_block(g.sequences, block, g.block_size);
+    const SequenceBounds bounds = sequence_bounds(g.sequences, sequence);
+    const int first_key = (block - first_block(g.sequences, sequence, g.block_size)) * g.block_size;
+    const int num_keys = min(bounds.num_keys - first_key, g.block_size);
+    const int pairs = g.head_dim / 2;
+    const int64_t piece_stride = static_cast<int64_t>(g.subs) * 2 * out.tile_k * g.head_dim;
+
+    for (int i = blockIdx.y * kThreads + threadIdx.x; i < 2 * num_keys * pairs; i += kSlices * kThreads) {
+        const int which = i / (num_keys * pairs), key = i / pairs - which * num_keys, column = i % pairs * 2;
+        const float* from = piece_row(out, g.subs, g.head_dim, piece, key / out.tile_k, which, key % out.tile_k) + column;
+        float2 sum = make_float2(0.f, 0.f);
+        for (int k = 0; k < num_pieces; ++k) {
+            const float2 x = __ldcs(reinterpret_cast<const float2*>(from + k * piece_stride));
+            sum.x += x.x;
+            sum.y += x.y;
+        }
+        const int64_t token = bounds.key_begin + first_key + key;
+        const int64_t element = token * out.token_stride + head * out.head_stride + column;
+        store_gradient_pair<T>(which == 0 ? out.dk : out.dv, element, out.accumulate, sum.x, sum.y);
+    }
+}
+
+}  // namespace
+
+template <typename T>
+void launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
+    const Geometry& g = p.geometry;
+    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
+    dispatch_row_lanes(g.head_dim, [&](auto lanes) {
+        constexpr int kLanes = decltype(lanes)::value;
+        const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
+        launch("backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
+    });
+    launch("backward_reduce_dkv", backward_reduce_dkv<T>, {dim3(g.num_heads * g.num_blocks, kSlices), kThreads, 0}, p, stream);
+}
+
+template void launch_backward_reduce<__half>(const BackwardReduceParams&, cudaStream_t);
+template void launch_backward_reduce<__nv_bfloat16>(const BackwardReduceParams&, cudaStream_t);
+
+}  // namespace fsa

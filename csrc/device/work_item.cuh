@@ -1,0 +1,82 @@
+// What one iteration of a persistent main kernel works on: a sub-block of keys and a run of rows (edges x group) that attend to it.
+#pragma once
+
+#include "device/sequence.cuh"
+#include "params.h"
+
+namespace fsa {
+
+struct WorkItem {
+    int cell;
+    int head;       // KV head, counted from the chunk's first
+    int kv_head;    // KV head of the tensors
+    int sub;        // sub-block of the block
+    int edge_begin;
+    int num_edges;
+    int num_rows;   // num_edges * group_size; row r is head r % group_size of edge r / group_size
+    int first_key;  // of the sub-block, counted from the start of its sequence
+    int num_keys;   // keys of the sub-block inside the sequence, > 0
+    int key_token;  // first_key as a row of k and v
+    int visible_offset;  // query + visible_offset is the last key a query sees, counted from first_key, if the sequence has it
+    int visible_end;     // the sequence's last key, counted from first_key
+};
+
+// False when there is nothing to do: the row is unused, or the sub-block lies behind the end of its sequence. Every field is set
+// either way; one left alone would be carried from iteration to iteration in a register.
+__device__ __forceinline__ bool load_work_item(WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+    const int row = g.subs == 1 ? index : index / g.subs;
+    const int4 entry = __ldg(plan.work_items + row);
+    item = {};
+    if (entry.x < 0) return false;
+    item.cell = entry.x;
+    item.head = entry.x / g.num_blocks;
+    item.kv_head = g.head_begin + item.head;
+    item.sub = index - row * g.subs;
+    item.edge_begin = entry.y;
+    item.num_edges = entry.z - entry.y;
+    item.num_rows = item.num_edges * g.group_size;
+    const SequenceBounds bounds = sequence_bounds(g.sequences, entry.w);
+    const int block_id = entry.x - item.head * g.num_blocks - first_block(g.sequences, entry.w, g.block_size);
+    item.first_key = block_id * g.block_size + item.sub * tile_k;
+    item.num_keys = min(bounds.num_keys - item.first_key, tile_k);
+    item.key_token = bounds.key_begin + item.first_key;
+    item.visible_end = bounds.num_keys - 1 - item.first_key;
+    // last_visible_key() for a query of this sequence; without causality any offset from visible_end up says "all"
+    item.visible_offset = g.causal ? item.visible_end + 1 - bounds.num_queries - bounds.query_begin : item.visible_end;
+    return item.num_keys > 0;
+}
+
+// Row of [num_heads, num_queries, topk, subs, group_size] where the partials of the item's KV head begin.
+__device__ __forceinline__ int64_t first_partial_row(const Geometry& g, int head) {
+    return static_cast<int64_t>(head) * g.num_queries * g.topk * g.subs * g.group_size;
+}
+
+// One row of a tile of queries.
+struct QueryRow {
+    int query;         // query token
+    int group_head;    // 0 .. group_size - 1
+    int partial_row;   // counted from first_partial_row; -1 for a row behind the item's last one, which repeats it
+    int last_visible;  // last key of the sub-block that the query sees, counted from first_key; negative: none
+};
+
+__device__ __forceinline__ int load_edge(const Geometry& g, const PlanView& plan, const WorkItem& item, int row) {
+    return __ldg(plan.csr_edges + item.edge_begin + g.by_group_size.quotient(min(row, item.num_rows - 1)));
+}
+
+__device__ __forceinline__ QueryRow make_query_row(const Geometry& g, const WorkItem& item, int row, int edge) {
+    const int clamped_row = min(row, item.num_rows - 1);
+    QueryRow r;
+    r.group_head = clamped_row - g.by_group_size.quotient(clamped_row) * g.group_size;
+    r.query = g.query_begin + g.by_topk.quotient(edge);
+    r.partial_row = row < item.num_rows ? (edge * g.subs + item.sub) * g.group_size + r.group_head : -1;
+    r.last_visible = min(r.query + item.visible_offset, item.visible_end);
+    return r;
+}
+
+// The row of a [tokens, heads, head_dim] tensor.
+template <typename T>
+__device__ __forceinline__ const T* row_pointer(const RowTensor& t, int64_t token, int64_t head) {
+    return static_cast<const T*>(t.data) + token * t.token_stride + head * t.head_stride;
+}
+
+}  // namespace fsa

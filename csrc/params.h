@@ -1,0 +1,137 @@
+// What the stages share and what each of them reads and writes. Every pointer carries its shape; sizes are elements.
+// All tensors of a chunk cover num_heads KV heads from head_begin and num_queries query tokens from query_begin.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "device/fast_divide.h"
+
+namespace fsa {
+
+// Packed sequences. Bounds are clamped where they are read, so that no value of cu_seqlens leads out of a tensor.
+struct Sequences {
+    const int32_t* cu_seqlens_q;  // [batch + 1]
+    const int32_t* cu_seqlens_k;  // [batch + 1]
+    int batch;
+    int total_q;
+    int total_k;
+};
+
+struct Geometry {
+    Sequences sequences;
+    int head_begin;   // first KV head of the chunk
+    int num_heads;    // KV heads of the chunk
+    int query_begin;  // first query token of the chunk
+    int num_queries;  // query tokens of the chunk
+    int group_size;   // query heads a KV head
+    int head_dim;
+    int topk;
+    int block_size;  // keys of a selected block
+    int subs;        // sub-blocks of tile_k keys a block
+    int num_blocks;  // upper bound on the KV blocks of all sequences: total_k / block_size + batch
+    bool causal;
+    FastDivider by_group_size;
+    FastDivider by_topk;
+};
+
+// [tokens, heads, head_dim] with unit stride along head_dim; rows are 16-byte aligned.
+struct RowTensor {
+    const void* data;
+    int64_t token_stride;
+    int64_t head_stride;
+};
+
+// The plan: edges (query token, slot) in CSR by cell. A cell is a (KV head of the chunk, KV block); an edge is
+// (query - query_begin) * topk + slot.
+struct PlanView {
+    const int32_t* csr_offsets;  // [num_heads * num_blocks + 1]
+    const int32_t* csr_edges;    // [num_heads * num_queries * topk], ascending within a cell
+    const int4* work_items;      // [max_items]: cell (-1: unused row), edge begin, edge end, sequence
+    int max_items;
+    int edges_per_item;
+};
+
+struct PlanParams {
+    Geometry geometry;
+    const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
+    int parts;                // runs of query tokens a head is counted in
+    int32_t* counts;          // [num_heads * num_blocks * parts + 1], scratch: edges by cell and part, then their prefix sum
+    void* scan_scratch;       // [scan_scratch_bytes], scratch of the prefix sum
+    size_t scan_scratch_bytes;
+    int32_t* csr_offsets;  // as in PlanView
+    int32_t* csr_edges;
+    int4* work_items;
+    int max_items;
+    int edges_per_item;
+};
+
+struct ForwardMainParams {
+    Geometry geometry;
+    PlanView plan;
+    RowTensor q;               // [total_q, num_heads, head_dim]
+    RowTensor k;               // [total_k, num_kv_heads, head_dim]
+    RowTensor v;               // [total_k, num_kv_heads, head_dim]
+    float softmax_scale_log2;  // > 0; softmax_scale * log2(e)
+    __half* o_partial;         // [num_heads, num_queries, topk, subs, group_size, head_dim], times 2^-value_exponent
+    float* lse_partial;        // [num_heads, num_queries, topk, subs, group_size], log2; -inf: no visible key
+    int32_t* value_exponent;   // [num_heads, num_blocks, subs]
+};
+
+struct ForwardReduceParams {
+    Geometry geometry;
+    const int32_t* topk_idx;        // [num_kv_heads, total_q, topk]
+    const __half* o_partial;        // as in ForwardMainParams
+    const float* lse_partial;       // as in ForwardMainParams
+    const int32_t* value_exponent;  // as in ForwardMainParams
+    void* out;                      // [total_q, num_heads, head_dim]
+    float* lse;                     // [num_heads, total_q], natural log
+    int num_kv_heads;               // of the tensors, not of the chunk
+};
+
+struct BackwardPreprocessParams {
+    RowTensor out;      // [total_q, num_heads, head_dim]
+    RowTensor dout;     // [total_q, num_heads, head_dim]
+    const float* dlse;  // [num_heads, total_q], null: zero
+    float* delta;       // [num_heads, total_q]: rowsum(dout * out) - dlse
+    int total_q;
+    int num_heads;  // query heads
+    int head_dim;
+};
+
+// Where dK and dV of a sub-block go: into dk, dv when its cell is one work item, else into a piece that reduce adds up.
+struct KeyValueGradients {
+    void* dk;              // [total_k, num_heads, head_dim]: input dtype, or fp32 when accumulate
+    void* dv;              // as dk, same strides
+    int64_t token_stride;  // elements, of dk and dv
+    int64_t head_stride;
+    float* dkv_pieces;  // [max_pieces, subs, 2 (dk, dv), tile_k, head_dim]; piece i of cell c: row 2 * csr_offsets[c] / edges_per_item + i
+    int tile_k;
+    bool accumulate;  // add to dk, dv: the queries come in several chunks
+};
+
+struct BackwardMainParams {
+    Geometry geometry;
+    PlanView plan;
+    RowTensor q, k, v, dout;
+    const float* lse;    // [num_heads, total_q], natural log
+    const float* delta;  // [num_heads, total_q]
+    float softmax_scale;
+    float softmax_scale_log2;  // > 0
+    void* dq_partial;          // [num_heads, num_queries, topk, subs, group_size, head_dim], input dtype
+    KeyValueGradients gradients;
+};
+
+struct BackwardReduceParams {
+    Geometry geometry;
+    const int32_t* topk_idx;     // [num_kv_heads, total_q, topk]
+    const int32_t* csr_offsets;  // [num_heads * num_blocks + 1]
+    int edges_per_item;
+    const void* dq_partial;  // as in BackwardMainParams
+    void* dq;                // [total_q, num_heads, head_dim]
+    int num_kv_heads;        // of dq, not of the chunk
+    KeyValueGradients gradients;
+};
+
+}  // namespace fsa

@@ -1,0 +1,194 @@
+"""The six stages bound to the compiled extension: same names and signatures as in `triton_ref.stages`.
+
+The extension implements the private ops whose schemas stand here; `fsa.backends` loads it before it imports this module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Chunk, Plan, Problem
+from .tiling import plan_parts
+
+_SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
+_CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
+_PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int edges_per_item"
+
+_library = torch.library.Library("fsa", "FRAGMENT")
+_library.define(
+    f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, "
+    "Tensor(a!) csr_offsets, Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) counts) -> ()"
+)
+_library.define(
+    f"_forward_main(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_PLAN}, "
+    "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) value_exponent) -> ()"
+)
+_library.define(
+    f"_forward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor o_partial, Tensor lse_partial, "
+    "Tensor value_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
+)
+_library.define("_backward_preprocess(Tensor out, Tensor dout, Tensor? dlse, Tensor(a!) delta) -> ()")
+_library.define(
+    f"_backward_main(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_PLAN}, Tensor dout, "
+    "Tensor lse, Tensor delta, Tensor(a!) dq_partial, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dkv_pieces, "
+    "bool accumulate) -> ()"
+)
+_library.define(
+    f"_backward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor csr_offsets, int edges_per_item, "
+    "Tensor dq_partial, Tensor dkv_pieces, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool accumulate) -> ()"
+)
+_ops = torch.ops.fsa
+
+_Selection = tuple[Tensor, Tensor, Tensor]
+_ChunkArguments = tuple[int, int, int, int, int, bool]
+
+
+def _selection(problem: Problem) -> _Selection:
+    return problem.topk_idx, problem.cu_seqlens_q, problem.cu_seqlens_k
+
+
+def _chunk(problem: Problem, chunk: Chunk) -> _ChunkArguments:
+    return (
+        chunk.head_begin,
+        chunk.head_end,
+        chunk.query_begin,
+        chunk.query_end,
+        problem.block_size,
+        problem.causal,
+    )
+
+
+def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, int]:
+    return plan.csr_offsets, plan.csr_edges, plan.work_items, plan.edges_per_item
+
+
+def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
+    """Invert the chunk's selection into CSR by (KV head, KV block) and cut it into work items."""
+    num_edges = chunk.num_heads * chunk.num_queries * problem.topk
+    num_cells = chunk.num_heads * problem.num_blocks
+    parts = plan_parts(chunk.num_heads, chunk.num_queries, problem.topk)
+    empty = problem.topk_idx.new_empty
+    result = Plan(
+        csr_offsets=empty(num_cells + 1),
+        csr_edges=empty(num_edges),
+        work_items=empty((num_edges // edges_per_item + num_cells, 4)),
+        edges_per_item=edges_per_item,
+    )
+    counts = empty(num_cells * parts + 1)
+    _ops._plan(
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.total_k,
+        edges_per_item,
+        result.csr_offsets,
+        result.csr_edges,
+        result.work_items,
+        counts,
+    )
+    return result
+
+
+def forward_main(
+    problem: Problem, chunk: Chunk, plan: Plan, o_partial: Tensor, lse_partial: Tensor, value_exponent: Tensor
+) -> None:
+    """Attend to every planned (query, slot) on its own; write its normalised output and log-sum-exp."""
+    _ops._forward_main(
+        problem.q,
+        problem.k,
+        problem.v,
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.softmax_scale,
+        *_plan(plan),
+        o_partial,
+        lse_partial,
+        value_exponent,
+    )
+
+
+def forward_reduce(
+    problem: Problem,
+    chunk: Chunk,
+    o_partial: Tensor,
+    lse_partial: Tensor,
+    value_exponent: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge the partials of every query's slots into `out` and `lse`."""
+    _ops._forward_reduce(
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.total_k,
+        o_partial,
+        lse_partial,
+        value_exponent,
+        out,
+        lse,
+    )
+
+
+def backward_preprocess(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    """delta = rowsum(dout * out) - dlse."""
+    _ops._backward_preprocess(out, dout, dlse, delta)
+
+
+def backward_main(
+    problem: Problem,
+    chunk: Chunk,
+    plan: Plan,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq_partial: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dkv_pieces: Tensor,
+    accumulate: bool,
+) -> None:
+    """dK and dV of every block, or of its pieces where it is cut, and the partial dQ of every (query, slot)."""
+    _ops._backward_main(
+        problem.q,
+        problem.k,
+        problem.v,
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.softmax_scale,
+        *_plan(plan),
+        dout,
+        lse,
+        delta,
+        dq_partial,
+        dk,
+        dv,
+        dkv_pieces,
+        accumulate,
+    )
+
+
+def backward_reduce(
+    problem: Problem,
+    chunk: Chunk,
+    plan: Plan,
+    dq_partial: Tensor,
+    dkv_pieces: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
+) -> None:
+    """dQ from its partials; dK and dV of the cut blocks from their pieces."""
+    _ops._backward_reduce(
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.total_k,
+        plan.csr_offsets,
+        plan.edges_per_item,
+        dq_partial,
+        dkv_pieces,
+        dq,
+        dk,
+        dv,
+        accumulate,
+    )

@@ -1,0 +1,125 @@
+// csrc/device/ptx.cuh for the emulator: the same functions, each by the instruction's definition in the PTX ISA.
+#pragma once
+
+#include <cstring>
+
+#include "emulator.h"
+
+namespace fsa {
+
+inline void* dynamic_shared_memory() {
+    return emulator::shared_memory();
+}
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulator::shared_memory());
+}
+
+inline unsigned char* shared_pointer(uint32_t address, int bytes) {
+    if (address % bytes != 0) emulator::fail("misaligned shared-memory access");
+    if (address + bytes > static_cast<uint32_t>(emulator::shared_memory_bytes())) emulator::fail("shared-memory access out of bounds");
+    return emulator::shared_memory() + address;
+}
+
+inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
+    emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr);
+}
+
+inline void cp_async_commit() {
+    emulator::commit_copies();
+}
+
+template <int kPending>
+void cp_async_wait() {
+    emulator::wait_copies(kPending);
+}
+
+inline uint4 load_shared_16(uint32_t shared) {
+    uint4 v;
+    std::memcpy(&v, shared_pointer(shared, 16), 16);
+    return v;
+}
+
+inline void store_shared_4(uint32_t shared, uint32_t value) {
+    std::memcpy(shared_pointer(shared, 4), &value, 4);
+}
+
+struct MatrixLoad {
+    uint32_t address;
+    uint32_t r[4];
+};
+
+inline void ldmatrix(const char* where, uint32_t (&r)[4], uint32_t shared, bool transposed) {
+    const MatrixLoad result =
+        emulator::warp_collective(where, MatrixLoad{shared, {}}, [transposed](const MatrixLoad(&lanes)[32], int lane) {
+            MatrixLoad out = {};
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                uint16_t pair[2];
+                for (int i = 0; i < 2; ++i) {
+                    // plain: row lane / 4, columns 2c, 2c + 1; transposed: column lane / 4, rows 2c, 2c + 1
+                    const int major = lane / 4, minor = lane % 4 * 2 + i;
+                    const int row = transposed ? minor : major, column = transposed ? major : minor;
+                    const unsigned char* from = shared_pointer(lanes[matrix * 8 + row].address, 16);
+                    std::memcpy(&pair[i], from + column * 2, 2);
+                }
+                out.r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+            }
+            return out;
+        });
+    for (int i = 0; i < 4; ++i) r[i] = result.r[i];
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+    ldmatrix("ldmatrix", r, shared, false);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
+    ldmatrix("ldmatrix.trans", r, shared, true);
+}
+
+struct MmaFragments {
+    float c[4];
+    uint32_t a[4], b[2];
+};
+
+template <typename T>
+float element(uint32_t word, int i) {
+    const uint16_t bits = static_cast<uint16_t>(i == 0 ? word : word >> 16);
+    return static_cast<float>(std::bit_cast<T>(bits));
+}
+
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    MmaFragments own = {{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+    emulator::meet_warp("mma", &own, [](void* const(&arguments)[32]) {
+        auto lane_of = [&](int lane) -> MmaFragments& { return *static_cast<MmaFragments*>(arguments[lane]); };
+        float a_matrix[16][16], b_matrix[16][8];
+        for (int row = 0; row < 16; ++row)
+            for (int k = 0; k < 16; ++k)
+                a_matrix[row][k] = element<T>(lane_of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k % 2);
+        for (int k = 0; k < 16; ++k)
+            for (int column = 0; column < 8; ++column)
+                b_matrix[k][column] = element<T>(lane_of(column * 4 + k % 8 / 2).b[k / 8], k % 2);
+        for (int row = 0; row < 16; ++row)
+            for (int column = 0; column < 8; ++column) {
+                float& sum = lane_of(row % 8 * 4 + column / 2).c[row / 8 * 2 + column % 2];
+                for (int k = 0; k < 16; ++k) sum += a_matrix[row][k] * b_matrix[k][column];
+            }
+    });
+    for (int i = 0; i < 4; ++i) c[i] = own.c[i];
+}
+
+inline float exp2_approx(float x) {
+    return std::exp2(x);
+}
+
+inline float reciprocal_approx(float x) {
+    return 1.f / x;
+}
+
+inline int thread_index_unhoisted() {
+    return static_cast<int>(threadIdx.x);
+}
+
+}  // namespace fsa
