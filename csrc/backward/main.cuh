@@ -31,17 +31,25 @@ struct QueryTileRows {
     float delta[Traits::kTileQ];
 };
 
+// What a CTA knows of its current work item. It lies in shared memory: the accumulators leave no registers for it.
+template <typename Traits>
+struct ItemState {
+    WorkItem item;
+    int nonfinite_keys;             // K holds inf or NaN
+    int next_edge[Traits::kTileQ];  // of row i, the tile after next: written and read by thread i
+};
+
 template <typename Traits>
 struct SharedTiles {
     uint32_t k, v, q, dout, probs, dscores;  // shared-memory addresses; probs and dscores are [keys][queries]
     QueryTileRows<Traits>* rows;             // [2]
     float* poison;                           // [tile_k]: NaN for a key that holds inf or NaN, else 0
-    WorkItem* item;                          // the current one: the accumulators leave no registers for it
+    ItemState<Traits>* state;
 };
 
 template <typename Traits>
 __device__ __forceinline__ SharedTiles<Traits> carve_shared_memory(unsigned char* shared) {
-    static_assert(sizeof(QueryTileRows<Traits>) == Traits::kRowBytes && sizeof(WorkItem) <= Traits::kItemBytes);
+    static_assert(sizeof(QueryTileRows<Traits>) == Traits::kRowBytes && sizeof(ItemState<Traits>) <= Traits::kStateBytes);
     SharedTiles<Traits> s;
     s.k = shared_address(shared);
     s.v = s.k + Traits::kKeyTileBytes;
@@ -51,16 +59,16 @@ __device__ __forceinline__ SharedTiles<Traits> carve_shared_memory(unsigned char
     s.dscores = s.probs + Traits::kProbTileBytes;
     s.rows = reinterpret_cast<QueryTileRows<Traits>*>(shared + Traits::kTileBytes);
     s.poison = reinterpret_cast<float*>(shared + Traits::kTileBytes + 2 * Traits::kRowBytes);
-    s.item = reinterpret_cast<WorkItem*>(s.poison + Traits::kTileK);
+    s.state = reinterpret_cast<ItemState<Traits>*>(s.poison + Traits::kTileK);
     return s;
 }
 
 // Thread i < kTileQ describes row i of a tile.
 template <typename Traits>
 __device__ __forceinline__ void describe_row(
-    QueryTileRows<Traits>& rows, const BackwardMainParams& p, const WorkItem& item, int tile, int edge) {
+    QueryTileRows<Traits>& rows, const BackwardMainParams& p, const WorkItem& item, int first_row, int edge) {
     const int i = threadIdx.x;
-    const QueryRow r = make_query_row(p.geometry, item, tile * Traits::kTileQ + i, edge);
+    const QueryRow r = make_query_row(p.geometry, item, first_row + i, edge);
     const int64_t head = static_cast<int64_t>(item.kv_head) * p.geometry.group_size + r.group_head;
     const int64_t at = head * p.geometry.sequences.total_q + r.query;
     const float lse = __ldg(p.lse + at), delta = __ldg(p.delta + at);
@@ -82,7 +90,7 @@ __device__ __forceinline__ void gather_queries(
     constexpr int kChunks = Traits::kHeadDim / 8;
     static_assert(Traits::kTileQ * kChunks % Traits::kThreads == 0);
     const int thread = thread_index_unhoisted(), num_chunks = p.geometry.head_dim / 8;
-#pragma unroll
+#pragma unroll 2  // all at once would hold a dozen addresses beside dS
     for (int i = 0; i < Traits::kTileQ * kChunks / Traits::kThreads; ++i) {
         const int index = i * Traits::kThreads + thread, row = index / kChunks, chunk = index % kChunks;
         const bool valid = rows.partial_row[row] >= 0 && chunk < num_chunks;
@@ -94,44 +102,33 @@ __device__ __forceinline__ void gather_queries(
     cp_async_commit();
 }
 
-// Puts work item `index` into shared memory. False when there is nothing to do (num_keys <= 0). All threads of the CTA take part.
+// K and V of the sub-block. All threads of the CTA take part.
 template <typename Traits>
-__device__ __forceinline__ bool fetch_work_item(const SharedTiles<Traits>& shared, const BackwardMainParams& p, int index) {
-    __syncthreads();  // every warp is done with the item before and its tiles
-    if (threadIdx.x == 0) {
-        WorkItem item;
-        load_work_item(item, p.geometry, p.plan, Traits::kTileK, index);
-        *shared.item = item;
-    }
+__device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p) {
+    using T = typename Traits::T;
+    const WorkItem& item = shared.state->item;
+    const int num_chunks = p.geometry.head_dim / 8;
     if (threadIdx.x < Traits::kTileK) shared.poison[threadIdx.x] = 0.f;
     __syncthreads();
-    return shared.item->num_keys > 0;
-}
-
-// K and V of the sub-block. True when some key holds inf or NaN. All threads of the CTA take part.
-template <typename Traits>
-__device__ __forceinline__ bool load_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p, const WorkItem& item) {
-    using T = typename Traits::T;
-    const int num_chunks = p.geometry.head_dim / 8;
     const TileMagnitude keys = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
         shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks},
         [&](int row) { shared.poison[row] = NAN; });
     load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
         shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
-    return __syncthreads_or(keys.nonfinite);
+    const int nonfinite = __syncthreads_or(keys.nonfinite);
+    if (threadIdx.x == 0) shared.state->nonfinite_keys = nonfinite;  // seen behind the barrier before the first tile
 }
 
-// 16 keys (rows) x kTileQ / 2 queries
-template <typename Traits>
-using ScoresT = float[Traits::kTileQ / Traits::kHalves / 8][4];
+// A strip of scores: the warp's 16 keys (rows) x 16 queries, as two n8 tiles. Wider ones would not fit beside dK and dV.
+using ScoresT = float[2][4];
 
-// scores = A B^T for the warp's 16 keys and half of the queries: K Q^T or V dO^T.
+// scores = A B^T: K Q^T or V dO^T, for the queries first_query .. first_query + 15 of the tile.
 template <typename Traits>
-__device__ __forceinline__ void compute_scores_t(ScoresT<Traits>& scores, uint32_t key_tile, uint32_t query_tile) {
+__device__ __forceinline__ void compute_scores_t(ScoresT& scores, uint32_t key_tile, uint32_t query_tile, int first_query) {
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
-    constexpr int kTiles = Traits::kTileQ / Traits::kHalves / 8, kRow = Traits::kHeadDim * 2;
+    constexpr int kRow = Traits::kHeadDim * 2;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
-    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16, query_row = warp / Traits::kKeyWarps * kTiles * 8 + lane / 4;
+    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16, query_row = first_query + lane / 4;
     // by parity of the group of 32 columns
     const uint32_t key_chunk[2][2] = {
         {key_tile + Tile::offset(key_row, lane / 16), key_tile + Tile::offset(key_row, lane / 16 + 2)},
@@ -140,7 +137,7 @@ __device__ __forceinline__ void compute_scores_t(ScoresT<Traits>& scores, uint32
     const uint32_t query_chunk[2] = {
         query_tile + Tile::offset(query_row, lane % 4), query_tile + Tile::offset(query_row, lane % 4 + 4)};
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[n][i] = 0.f;
 #pragma unroll
@@ -148,34 +145,28 @@ __device__ __forceinline__ void compute_scores_t(ScoresT<Traits>& scores, uint32
         uint32_t a[2][4];
         ldmatrix_x4(a[0], key_chunk[j % 2][0] + j / 2 * 128);
         ldmatrix_x4(a[1], key_chunk[j % 2][1] + j / 2 * 128);
-        // n8 tiles two by two: neighbouring MMAs are independent, and no more than two fragments of B are held
-#pragma unroll
-        for (int n = 0; n < kTiles; n += 2) {
-            const uint4 b0 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + n * 8 * kRow);
-            const uint4 b1 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + (n + 1) * 8 * kRow);
-            mma_m16n8k16<typename Traits::T>(scores[n], a[0], b0.x, b0.y);
-            mma_m16n8k16<typename Traits::T>(scores[n + 1], a[0], b1.x, b1.y);
-            mma_m16n8k16<typename Traits::T>(scores[n], a[1], b0.z, b0.w);
-            mma_m16n8k16<typename Traits::T>(scores[n + 1], a[1], b1.z, b1.w);
-        }
+        const uint4 b0 = load_shared_16(query_chunk[j % 2] + j / 2 * 128), b1 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + 8 * kRow);
+        mma_m16n8k16<typename Traits::T>(scores[0], a[0], b0.x, b0.y);
+        mma_m16n8k16<typename Traits::T>(scores[1], a[0], b1.x, b1.y);
+        mma_m16n8k16<typename Traits::T>(scores[0], a[1], b0.z, b0.w);
+        mma_m16n8k16<typename Traits::T>(scores[1], a[1], b1.z, b1.w);
     }
 }
 
 // P = exp2(S - lse) and dS = P (dP - delta) * softmax_scale, both zero where a query does not see the key, to shared memory.
 template <typename Traits>
 __device__ __forceinline__ void exp_and_store_probs(
-    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, ScoresT<Traits>& s,
-    const ScoresT<Traits>& dp, bool nonfinite_keys) {
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, ScoresT& s, const ScoresT& dp,
+    int first_query) {
     using Tile = SwizzledTile<Traits::kTileQ * 2>;
     using Half = HalfType<typename Traits::T>;
-    constexpr int kTiles = Traits::kTileQ / Traits::kHalves / 8;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
-    const int key = warp % Traits::kKeyWarps * 16 + lane / 4, first_chunk = warp / Traits::kKeyWarps * kTiles;
+    const int key = warp % Traits::kKeyWarps * 16 + lane / 4;
     // Rows ascend by query, so the first one sees least. Rows behind the last repeat it and have lse = +inf.
-    const bool masked = rows.last_visible[0] < Traits::kTileK - 1;
+    const bool masked = rows.last_visible[0] < Traits::kTileK - 1, nonfinite_keys = shared.state->nonfinite_keys != 0;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-        const int query = (first_chunk + n) * 8 + lane % 4 * 2;
+    for (int n = 0; n < 2; ++n) {
+        const int query = first_query + n * 8 + lane % 4 * 2;
         const float2 lse = *reinterpret_cast<const float2*>(&rows.lse_log2[query]);
         const float2 delta = *reinterpret_cast<const float2*>(&rows.delta[query]);
         float prob[4], dscore[4];
@@ -193,10 +184,25 @@ __device__ __forceinline__ void exp_and_store_probs(
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint32_t at = Tile::offset(key + half * 8, first_chunk + n) + lane % 4 * 4;
+            const uint32_t at = Tile::offset(key + half * 8, first_query / 8 + n) + lane % 4 * 4;
             store_shared_4(shared.probs + at, Half::pack(prob[2 * half], prob[2 * half + 1]));
             store_shared_4(shared.dscores + at, Half::pack(dscore[2 * half], dscore[2 * half + 1]));
         }
+    }
+}
+
+// P^T and dS^T of the warp's keys and its half of the queries.
+template <typename Traits>
+__device__ __forceinline__ void compute_probs(
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p) {
+    constexpr int kQueries = Traits::kTileQ / Traits::kHalves;
+    const int begin = thread_index_unhoisted() / 32 / Traits::kKeyWarps * kQueries;
+#pragma unroll 1
+    for (int query = begin; query < begin + kQueries; query += 16) {
+        ScoresT s, dp;
+        compute_scores_t<Traits>(s, shared.k, shared.q, query);
+        compute_scores_t<Traits>(dp, shared.v, shared.dout, query);
+        exp_and_store_probs(shared, rows, p, s, dp, query);
     }
 }
 
@@ -327,38 +333,40 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) backward_m
     const Geometry& g = p.geometry;
     const bool describes_row = threadIdx.x < Traits::kTileQ;
 
-    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index += gridDim.x) {
-        if (!fetch_work_item(shared, p, index)) continue;
-        const WorkItem& item = *shared.item;
-        const bool nonfinite_keys = load_kv_block(shared, p, item);
+    const WorkItem& item = shared.state->item;
+
+    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index = item.index + gridDim.x) {
+        if (!fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, index)) continue;
+        load_kv_block(shared, p);
 
         // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done with.
-        auto edge_of = [&](int tile) { return describes_row ? load_edge(g, p.plan, item, tile * Traits::kTileQ + threadIdx.x) : 0; };
-        const int num_tiles = (item.num_rows + Traits::kTileQ - 1) / Traits::kTileQ;
-        if (describes_row) describe_row(shared.rows[0], p, item, 0, edge_of(0));
-        int next_edge = edge_of(1);
+        constexpr int kTileQ = Traits::kTileQ;
+        auto edge_of = [&](int first_row) { return load_edge(g, p.plan, item, first_row + threadIdx.x); };
+        auto rows_of = [&](int first_row) -> QueryTileRows<Traits>& { return shared.rows[first_row / kTileQ % 2]; };
+        if (describes_row) {
+            describe_row(rows_of(0), p, item, 0, edge_of(0));
+            shared.state->next_edge[threadIdx.x] = edge_of(kTileQ);
+        }
         __syncthreads();
-        gather_queries(shared, shared.rows[0], p);
+        gather_queries(shared, rows_of(0), p);
 
         KeyGradient<Traits> dk = {}, dv = {};
-        for (int tile = 0; tile < num_tiles; ++tile) {
-            const QueryTileRows<Traits>& rows = shared.rows[tile % 2];
+        for (int row = 0; row < item.num_rows; row += kTileQ) {
             cp_async_wait<0>();
             __syncthreads();  // Q, dO and the rows of this tile are there
-            if (describes_row) describe_row(shared.rows[(tile + 1) % 2], p, item, tile + 1, next_edge);
-            next_edge = edge_of(tile + 2);
-            ScoresT<Traits> s, dp;
-            compute_scores_t<Traits>(s, shared.k, shared.q);
-            compute_scores_t<Traits>(dp, shared.v, shared.dout);
-            exp_and_store_probs(shared, rows, p, s, dp, nonfinite_keys);
+            if (describes_row) {
+                describe_row(rows_of(row + kTileQ), p, item, row + kTileQ, shared.state->next_edge[threadIdx.x]);
+                shared.state->next_edge[threadIdx.x] = edge_of(row + 2 * kTileQ);
+            }
+            compute_probs(shared, rows_of(row), p);
             __syncthreads();  // P^T and dS^T are there
             accumulate_key_gradient<Traits>(dv, shared.probs, shared.dout);
             accumulate_key_gradient<Traits>(dk, shared.dscores, shared.q);
             ScoreGradient<Traits> ds;
             load_score_gradient<Traits>(ds, shared.dscores);
             __syncthreads();  // Q, dO, P^T and dS^T are done with
-            if (tile + 1 < num_tiles) gather_queries(shared, shared.rows[(tile + 1) % 2], p);
-            compute_dq_and_store<Traits>(ds, shared.k, rows, p, item.head);
+            if (row + kTileQ < item.num_rows) gather_queries(shared, rows_of(row + kTileQ), p);
+            compute_dq_and_store<Traits>(ds, shared.k, rows_of(row), p, item.head);
         }
         store_key_gradients<Traits>(dk, dv, p, item);
     }

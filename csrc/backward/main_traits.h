@@ -32,8 +32,8 @@ struct BackwardMainTraits {
     static constexpr int kTileBytes = 2 * (kKeyTileBytes + kQueryTileBytes + kProbTileBytes);
     static constexpr int kRowBytes = kTileQ * 32;                  // QueryTileRows
     static constexpr int kPoisonBytes = kTileK * 4;
-    static constexpr int kItemBytes = 64;
-    static constexpr int kSharedBytes = kTileBytes + 2 * kRowBytes + kPoisonBytes + kItemBytes;
+    static constexpr int kStateBytes = 128 + kTileQ * 4;  // ItemState
+    static constexpr int kSharedBytes = kTileBytes + 2 * kRowBytes + kPoisonBytes + kStateBytes;
 
     static_assert(kColumns % 16 == 0, "ldmatrix hands a warp 16 columns of dK and dV at a time");
     static_assert(kTileQ / kHalves % 16 == 0, "a warp's queries in S come in pairs of n8 tiles");

@@ -7,6 +7,7 @@
 namespace fsa {
 
 struct WorkItem {
+    int index;      // its number in the loop over work items and sub-blocks
     int cell;
     int head;       // KV head, counted from the chunk's first
     int kv_head;    // KV head of the tensors
@@ -21,13 +22,13 @@ struct WorkItem {
     int visible_end;     // the sequence's last key, counted from first_key
 };
 
-// False when there is nothing to do: the row is unused, or the sub-block lies behind the end of its sequence. Every field is set
-// either way; one left alone would be carried from iteration to iteration in a register.
-__device__ __forceinline__ bool load_work_item(WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+// num_keys <= 0 when there is nothing to do: the row is unused, or the sub-block lies behind the end of its sequence.
+__device__ __forceinline__ void load_work_item(WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
     const int row = g.subs == 1 ? index : index / g.subs;
     const int4 entry = __ldg(plan.work_items + row);
     item = {};
-    if (entry.x < 0) return false;
+    item.index = index;
+    if (entry.x < 0) return;
     item.cell = entry.x;
     item.head = entry.x / g.num_blocks;
     item.kv_head = g.head_begin + item.head;
@@ -43,7 +44,19 @@ __device__ __forceinline__ bool load_work_item(WorkItem& item, const Geometry& g
     item.visible_end = bounds.num_keys - 1 - item.first_key;
     // last_visible_key() for a query of this sequence; without causality any offset from visible_end up says "all"
     item.visible_offset = g.causal ? item.visible_end + 1 - bounds.num_queries - bounds.query_begin : item.visible_end;
-    return item.num_keys > 0;
+}
+
+// Work item `index`, put into shared memory for the whole CTA: the inner loops need their registers for other things. False when
+// there is nothing to do. All threads take part, and all are done with the item before when the first of them returns.
+__device__ __forceinline__ bool fetch_work_item(WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        WorkItem item;
+        load_work_item(item, g, plan, tile_k, index);
+        *shared = item;
+    }
+    __syncthreads();
+    return shared->num_keys > 0;
 }
 
 // Row of [num_heads, num_queries, topk, subs, group_size] where the partials of the item's KV head begin.

@@ -19,6 +19,21 @@
 namespace fsa {
 namespace forward_main {
 
+// What a CTA knows of its current work item. It lies in shared memory: the inner loop has better uses for registers.
+template <typename Traits>
+struct ItemState {
+    WorkItem item;
+    uint32_t warp_max[Traits::kWarps];
+    float output_scale;    // 2^-value_exponent
+    int nonfinite_values;  // V holds inf or NaN
+};
+
+template <typename Traits>
+struct SharedTiles {
+    uint32_t k, v;  // shared-memory addresses
+    ItemState<Traits>* state;
+};
+
 // Row i of a lane (i = 0 .. 2 * kMmaRows - 1) is row 8 * i + lane / 4 of the warp's tile.
 template <typename Traits>
 constexpr int kLaneRows = 2 * Traits::kMmaRows;
@@ -100,8 +115,9 @@ __device__ __forceinline__ void mask_invisible(Scores<Traits>& s, const QueryRow
 // P = softmax(S) * output_scale, and the row's log-sum-exp to memory. P is normalised here rather than O, which is wider.
 template <typename Traits>
 __device__ __forceinline__ void normalise_and_store_lse(
-    Probs<Traits>& probs, const Scores<Traits>& s, const ForwardMainParams& p, const QueryRow& row, float output_scale, float* lse) {
+    Probs<Traits>& probs, const Scores<Traits>& s, const ForwardMainParams& p, const ItemState<Traits>& state, const QueryRow& row) {
     const int lane = threadIdx.x % 32;
+    float* lse = p.lse_partial + first_partial_row(p.geometry, state.item.head);
 #pragma unroll
     for (int i = 0; i < kLaneRows<Traits>; ++i) {
         const int m = i / 2, half = i % 2;
@@ -118,7 +134,7 @@ __device__ __forceinline__ void normalise_and_store_lse(
         }
         row_sum = quad_sum(row_sum);
 
-        const float scale = reciprocal_or_zero(row_sum) * output_scale;
+        const float scale = reciprocal_or_zero(row_sum) * state.output_scale;
 #pragma unroll
         for (int n = 0; n < Traits::kTileK / 8; ++n) {
             probs[m][n][half] = HalfType<typename Traits::T>::pack(e[2 * n] * scale, e[2 * n + 1] * scale);
@@ -131,9 +147,10 @@ __device__ __forceinline__ void normalise_and_store_lse(
 // O = P V, 32 columns at a time, each stored as soon as it is done.
 template <typename Traits>
 __device__ __forceinline__ void compute_pv_and_store(
-    const Probs<Traits>& probs, uint32_t v_tile, const ForwardMainParams& p, const QueryRow& row, __half* o_partial) {
+    const Probs<Traits>& probs, uint32_t v_tile, const ForwardMainParams& p, const WorkItem& item, const QueryRow& row) {
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
     const int lane = threadIdx.x % 32, head_dim = p.geometry.head_dim;
+    __half* o_partial = p.o_partial + first_partial_row(p.geometry, item.head) * head_dim;
     int partial_row[kLaneRows<Traits>];
 #pragma unroll
     for (int i = 0; i < kLaneRows<Traits>; ++i) partial_row[i] = __shfl_sync(~0u, row.partial_row, 8 * i + lane / 4);
@@ -186,31 +203,37 @@ __device__ __forceinline__ int value_exponent(uint32_t packed_max) {
     return sizeof(T) == 2 && HalfType<T>::kInfinityBits == HalfType<__half>::kInfinityBits ? max(exponent, 0) : min(max(exponent, -100), 120);
 }
 
-// Loads K and V, tells the largest value of the tile and whether any value is inf or NaN. All threads of the CTA take part.
+// K and V of the sub-block, and what their values ask of the output. All threads of the CTA take part.
 template <typename Traits>
-__device__ __forceinline__ TileMagnitude load_kv_block(
-    const ForwardMainParams& p, const WorkItem& item, uint32_t k_tile, uint32_t v_tile, uint32_t* warp_max) {
+__device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared, const ForwardMainParams& p) {
     using T = typename Traits::T;
+    const WorkItem& item = shared.state->item;
     const int num_chunks = p.geometry.head_dim / 8;
-    __syncthreads();  // every warp is done with the tiles before
     load_tile_async<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
-        k_tile, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks});
+        shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks});
     cp_async_commit();
-    TileMagnitude values = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
-        v_tile, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
+    const TileMagnitude values = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
+        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
     const uint32_t low = __reduce_max_sync(~0u, values.packed_max & 0xffffu), high = __reduce_max_sync(~0u, values.packed_max >> 16);
-    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = max(low, high);
+    if (threadIdx.x % 32 == 0) shared.state->warp_max[threadIdx.x / 32] = max(low, high);
     cp_async_wait<0>();
-    values.nonfinite = __syncthreads_or(values.nonfinite);
-    values.packed_max = max(max(warp_max[0], warp_max[1]), max(warp_max[2], warp_max[3]));
-    static_assert(Traits::kWarps == 4);
-    return values;
+    const int nonfinite = __syncthreads_or(values.nonfinite);
+    if (threadIdx.x == 0) {
+        uint32_t largest = 0;
+        for (const uint32_t x : shared.state->warp_max) largest = max(largest, x);
+        const int exponent = value_exponent<T>(largest);
+        p.value_exponent[static_cast<int64_t>(item.cell) * p.geometry.subs + item.sub] = exponent;
+        shared.state->output_scale = __int_as_float((127 - exponent) << 23);
+        shared.state->nonfinite_values = nonfinite;
+    }
+    __syncthreads();
 }
 
 template <typename Traits>
 __device__ __forceinline__ void restore_nonfinite_values(
-    const ForwardMainParams& p, const WorkItem& item, const QueryRow& row, __half* o_partial) {
+    const ForwardMainParams& p, const WorkItem& item, const QueryRow& row) {
     using T = typename Traits::T;
+    __half* o_partial = p.o_partial + first_partial_row(p.geometry, item.head) * p.geometry.head_dim;
     const int lane = threadIdx.x % 32, head_dim = p.geometry.head_dim;
     const T* values = row_pointer<T>(p.v, item.key_token, item.kv_head);
 #pragma unroll 1
@@ -227,41 +250,38 @@ __device__ __forceinline__ void restore_nonfinite_values(
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) forward_main(const __grid_constant__ ForwardMainParams p) {
-    unsigned char* shared = static_cast<unsigned char*>(dynamic_shared_memory());
-    const uint32_t k_tile = shared_address(shared), v_tile = k_tile + Traits::kTileBytes;
-    uint32_t* warp_max = reinterpret_cast<uint32_t*>(shared + 2 * Traits::kTileBytes);
+    unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());
+    const uint32_t k_tile = shared_address(memory);
+    const SharedTiles<Traits> shared = {
+        k_tile, k_tile + Traits::kTileBytes, reinterpret_cast<ItemState<Traits>*>(memory + 2 * Traits::kTileBytes)};
+    static_assert(sizeof(ItemState<Traits>) <= Traits::kStateBytes);
     const Geometry& g = p.geometry;
     const int warp = threadIdx.x / 32, tile_lane = threadIdx.x % Traits::kTileQ;
 
-    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index += gridDim.x) {
-        WorkItem item;
-        if (!load_work_item(item, g, p.plan, Traits::kTileK, index)) continue;
-        const TileMagnitude values = load_kv_block<Traits>(p, item, k_tile, v_tile, warp_max);
-        const int exponent = value_exponent<typename Traits::T>(values.packed_max);
-        if (threadIdx.x == 0) p.value_exponent[static_cast<int64_t>(item.cell) * g.subs + item.sub] = exponent;
-        const float output_scale = __int_as_float((127 - exponent) << 23);
-        float* lse = p.lse_partial + first_partial_row(g, item.head);
-        __half* o_partial = p.o_partial + first_partial_row(g, item.head) * g.head_dim;
+    const WorkItem& item = shared.state->item;
+
+    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index = item.index + gridDim.x) {
+        if (!fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, index)) continue;
+        load_kv_block(shared, p);
 
         // A lane keeps the description of one row of its warp's tile; edges are fetched two tiles ahead, query rows one.
         auto edge_of = [&](int tile) { return load_edge(g, p.plan, item, tile * Traits::kTileQ + tile_lane); };
         auto row_of = [&](int tile, int edge) { return make_query_row(g, item, tile * Traits::kTileQ + tile_lane, edge); };
-        const int num_tiles = (item.num_rows + Traits::kTileQ - 1) / Traits::kTileQ;
         QueryFragments<Traits> q;
         QueryRow row = row_of(warp, edge_of(warp));
         load_queries<Traits>(q, p, item, row);
         int next_edge = edge_of(warp + Traits::kWarps);
-        for (int tile = warp; tile < num_tiles; tile += Traits::kWarps) {
+        for (int tile = warp; tile * Traits::kTileQ < item.num_rows; tile += Traits::kWarps) {
             Scores<Traits> s;
             Probs<Traits> probs;
-            compute_scores<Traits>(s, q, k_tile);
+            compute_scores<Traits>(s, q, shared.k);
             const QueryRow next_row = row_of(tile + Traits::kWarps, next_edge);
             load_queries<Traits>(q, p, item, next_row);
             next_edge = edge_of(tile + 2 * Traits::kWarps);
             mask_invisible<Traits>(s, row);
-            normalise_and_store_lse<Traits>(probs, s, p, row, output_scale, lse);
-            compute_pv_and_store<Traits>(probs, v_tile, p, row, o_partial);
-            if (values.nonfinite) restore_nonfinite_values<Traits>(p, item, row, o_partial);
+            normalise_and_store_lse<Traits>(probs, s, p, *shared.state, row);
+            compute_pv_and_store<Traits>(probs, shared.v, p, item, row);
+            if (shared.state->nonfinite_values) restore_nonfinite_values<Traits>(p, item, row);
             row = next_row;
         }
     }
