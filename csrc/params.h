@@ -75,7 +75,7 @@ struct ForwardMainParams {
     RowTensor v;               // [total_k, num_kv_heads, head_dim]
     float softmax_scale_log2;  // > 0; softmax_scale * log2(e)
     __half* o_partial;         // [num_heads, num_queries, topk, subs, group_size, head_dim], times 2^-value_exponent
-    float* lse_partial;        // [num_heads, num_queries, topk, subs, group_size], log2; -inf: no visible key
+    float* lse_partial;        // [num_heads, num_queries, topk, subs, group_size], log2
     int32_t* value_exponent;   // [num_heads, num_blocks, subs]
 };
 

@@ -298,7 +298,7 @@ __device__ __forceinline__ void store_key_gradient(
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int key = warp % Traits::kKeyWarps * 16 + lane / 4 + half * 8;
-        if (key >= item.num_keys) continue;
+        if (!cut && key >= item.num_keys) continue;
         const int64_t token = item.key_token + key;
         const int64_t element = token * out.token_stride + item.head * out.head_stride + first_column;
         void* result = which == 0 ? out.dk : out.dv;

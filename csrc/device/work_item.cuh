@@ -68,7 +68,8 @@ __device__ __forceinline__ int64_t first_partial_row(const Geometry& g, int head
 struct QueryRow {
     int query;         // query token
     int group_head;    // 0 .. group_size - 1
-    int partial_row;   // counted from first_partial_row; -1 for a row behind the item's last one, which repeats it
+    int partial_row;   // counted from first_partial_row; -1: nothing is stored, for the query sees no key of the sub-block, or the
+                       // row lies behind the item's last one (and repeats it)
     int last_visible;  // last key of the sub-block that the query sees, counted from first_key; negative: none
 };
 
@@ -81,8 +82,9 @@ __device__ __forceinline__ QueryRow make_query_row(const Geometry& g, const Work
     QueryRow r;
     r.group_head = clamped_row - g.by_group_size.quotient(clamped_row) * g.group_size;
     r.query = g.query_begin + g.by_topk.quotient(edge);
-    r.partial_row = row < item.num_rows ? (edge * g.subs + item.sub) * g.group_size + r.group_head : -1;
     r.last_visible = min(r.query + item.visible_offset, item.visible_end);
+    const bool exists = row < item.num_rows && r.last_visible >= 0;
+    r.partial_row = exists ? (edge * g.subs + item.sub) * g.group_size + r.group_head : -1;
     return r;
 }
 
