@@ -1,0 +1,123 @@
+"""The host side of selected attention, one for every backend with stages: chunks, buffers, and the six stage calls.
+
+A stages module (`fsa.stages_cuda`, `triton_ref.stages`) has plan, forward_main, forward_reduce, backward_preprocess,
+backward_main and backward_reduce. Arguments are checked before they come here; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import workspace
+from .problem import Chunk, Problem
+from .workspace import Sizes
+
+
+def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
+    """Selected attention.
+
+    Returns:
+        out: [total_q, num_heads, head_dim], dtype of q, contiguous.
+        lse: [num_heads, total_q], fp32, natural log.
+    """
+    q = problem.q
+    if problem.total_q == 0 or problem.total_k == 0:
+        return q.new_zeros(q.shape), q.new_full((problem.num_heads, problem.total_q), -torch.inf, dtype=torch.float32)
+
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((problem.num_heads, problem.total_q), dtype=torch.float32)
+    sizes, limit = Sizes.of(problem), workspace.get_workspace_limit()
+    with torch.cuda.device_of(q):
+        for chunk in workspace.plan_chunks(sizes, "forward", limit):
+            _forward_chunk(problem, stages, chunk, sizes, limit, out, lse)
+    return out, lse
+
+
+def backward(
+    problem: Problem, stages: ModuleType, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each with the shape and dtype of its input, contiguous.
+
+    Args:
+        problem: as in the forward.
+        stages: the stages module.
+        out, lse: what the forward returned.
+        dout: [total_q, num_heads, head_dim], gradient of out, or None for zero.
+        dlse: [num_heads, total_q], gradient of lse, or None for zero.
+    """
+    q, k = problem.q, problem.k
+    dk, dv = k.new_zeros(k.shape), k.new_zeros(k.shape)
+    if problem.total_q == 0 or problem.total_k == 0:
+        return q.new_zeros(q.shape), dk, dv
+
+    dq = q.new_empty(q.shape)
+    delta = q.new_empty((problem.num_heads, problem.total_q), dtype=torch.float32)
+    # A zero dout takes no memory: one row, expanded.
+    dout = as_kernel_input(q.new_zeros(problem.head_dim).expand(q.shape) if dout is None else dout)
+    lse = lse.contiguous()
+    sizes, limit = Sizes.of(problem), workspace.get_workspace_limit()
+    chunks = workspace.plan_chunks(sizes, "backward", limit)
+    with torch.cuda.device_of(q):
+        stages.backward_preprocess(as_kernel_input(out), dout, None if dlse is None else dlse.contiguous(), delta)
+        for (head_begin, head_end), same_heads in itertools.groupby(chunks, lambda c: (c.head_begin, c.head_end)):
+            group = list(same_heads)
+            # Chunks of several query ranges add up in fp32; a chunk that has all queries writes its gradients at once.
+            accumulate = len(group) > 1
+            dk_heads, dv_heads = dk[:, head_begin:head_end], dv[:, head_begin:head_end]
+            dk_sum = torch.zeros_like(dk_heads, dtype=torch.float32) if accumulate else dk_heads
+            dv_sum = torch.zeros_like(dv_heads, dtype=torch.float32) if accumulate else dv_heads
+            for chunk in group:
+                _backward_chunk(problem, stages, chunk, sizes, limit, dout, lse, delta, dq, dk_sum, dv_sum, accumulate)
+            if accumulate:
+                dk_heads.copy_(dk_sum)
+                dv_heads.copy_(dv_sum)
+            del dk_sum, dv_sum  # before the next heads get theirs
+    return dq, dk, dv
+
+
+def as_kernel_input(tensor: Tensor) -> Tensor:
+    """The tensor itself if kernels can read it: last dimension contiguous, rows aligned to 16 bytes; else a copy.
+
+    Strides of zero (an expanded gradient) are read in place, except along the last dimension.
+    """
+    aligned = tensor.data_ptr() % 16 == 0 and all(
+        stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1]
+    )
+    return tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _forward_chunk(
+    problem: Problem, stages: ModuleType, chunk: Chunk, sizes: Sizes, limit: int, out: Tensor, lse: Tensor
+) -> None:
+    per_item = workspace.edges_per_item(sizes, "forward", chunk.num_heads, chunk.num_queries, limit)
+    specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
+    plan = stages.plan(problem, chunk, per_item)
+    buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+    stages.forward_main(problem, chunk, plan, **buffers)
+    stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse)
+
+
+def _backward_chunk(
+    problem: Problem,
+    stages: ModuleType,
+    chunk: Chunk,
+    sizes: Sizes,
+    limit: int,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
+) -> None:
+    per_item = workspace.edges_per_item(sizes, "backward", chunk.num_heads, chunk.num_queries, limit)
+    specs = workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
+    plan = stages.plan(problem, chunk, per_item)
+    dq_partial, dkv_pieces = (specs[name].empty(problem.q.device) for name in ("dq_partial", "dkv_pieces"))
+    stages.backward_main(problem, chunk, plan, dout, lse, delta, dq_partial, dk, dv, dkv_pieces, accumulate)
+    stages.backward_reduce(problem, chunk, plan, dq_partial, dkv_pieces, dq, dk, dv, accumulate)

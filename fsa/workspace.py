@@ -1,0 +1,321 @@
+"""The workspace: its limit, the shape of every buffer, and the chunks that keep the sum under the limit.
+
+Everything here is pure arithmetic on shapes; nothing reads a tensor.
+
+The bound. Besides outputs, a call allocates at most
+
+    max(limit, delta + accumulators of one KV head + limit / 4)
+
+bytes, where `delta` (num_heads * total_q fp32) and the accumulators (dk and dv in fp32, 8 * total_k * head_dim bytes a
+KV head, needed only when the queries are cut) belong to the backward alone. The second term wins only for sequences so
+long that these two leave less than a quarter of the limit for the chunks. Copies of inputs that the kernels cannot
+read in place (last dimension strided, or not aligned to 16 bytes) come on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .problem import Chunk, Problem
+from .tiling import (
+    backward_edges_per_item,
+    backward_tile_k,
+    ceil_div,
+    forward_edges_per_item,
+    forward_tile_k,
+    num_sms,
+    plan_parts,
+    round_up,
+)
+
+Pass = Literal["forward", "backward"]
+
+_DEFAULT_LIMIT = 1 << 30
+_INT32_END = 1 << 31
+# Queries of a chunk come in multiples of this where possible: plan parts and backward items are cut at 64 as well.
+_QUERY_STEP = 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The limit
+# ---------------------------------------------------------------------------------------------------------------------
+def _limit_from_environment() -> int:
+    text = os.environ.get("FSA_WORKSPACE_LIMIT_MIB")
+    if text is None:
+        return _DEFAULT_LIMIT
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise ValueError(
+            f"FSA_WORKSPACE_LIMIT_MIB must be a positive whole number of MiB, got {text!r}; unset it or set e.g. 1024"
+        )
+    return int(text) << 20
+
+
+_limit = _limit_from_environment()  # one int: reading and rebinding it is atomic, so threads need no lock
+
+
+def get_workspace_limit() -> int:
+    """Bytes that a call may allocate beyond its outputs (default 1 GiB, or FSA_WORKSPACE_LIMIT_MIB at import)."""
+    return _limit
+
+
+def set_workspace_limit(limit: int) -> None:
+    """Sets the bytes that a call may allocate beyond its outputs, for all threads and devices of the process.
+
+    A smaller limit cuts a call into more chunks, which costs time but changes no more than the rounding of dk and dv.
+    CUDA and Triton only: the reference backend bounds its own chunks.
+
+    Raises:
+        TypeError: limit is not an int.
+        ValueError: limit is not positive.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"limit must be an int (bytes), got {type(limit).__name__}; pass e.g. 512 * 2**20")
+    if limit <= 0:
+        raise ValueError(f"limit must be positive (bytes), got {limit}; pass e.g. 512 * 2**20")
+    global _limit
+    _limit = limit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffers
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Buffer:
+    """Shape and dtype of one workspace tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        size = self.dtype.itemsize
+        for n in self.shape:
+            size *= n
+        return size
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Allocates the tensor, uninitialised."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What buffer sizes depend on."""
+
+    total_q: int
+    total_k: int
+    num_blocks: int  # Problem.num_blocks
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    topk: int
+    block_size: int
+    dtype: torch.dtype  # of q, k and v
+    num_sms: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> Sizes:
+        """The sizes of a problem on its device."""
+        return cls(
+            total_q=problem.total_q,
+            total_k=problem.total_k,
+            num_blocks=problem.num_blocks,
+            num_kv_heads=problem.num_kv_heads,
+            group_size=problem.group_size,
+            head_dim=problem.head_dim,
+            topk=problem.topk,
+            block_size=problem.block_size,
+            dtype=problem.q.dtype,
+            num_sms=num_sms(problem.q.device),
+        )
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """dk and dv of one KV head in fp32."""
+        return 2 * 4 * self.total_k * self.head_dim
+
+    @property
+    def delta_bytes(self) -> int:
+        """delta of the whole problem: [num_heads, total_q] fp32."""
+        return 4 * self.num_kv_heads * self.group_size * self.total_q
+
+
+def edges_per_item(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
+    """Edges of a work item in a chunk of `num_heads` KV heads and `num_queries` tokens.
+
+    In the backward, pieces of dK and dV are kept to a quarter of the limit by making the items longer.
+    """
+    if which == "forward":
+        return forward_edges_per_item(sizes.group_size)
+    piece_bytes = 2 * 4 * sizes.block_size * sizes.head_dim
+    num_edges = num_heads * num_queries * sizes.topk
+    return backward_edges_per_item(num_edges, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
+
+
+def plan_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
+    """The tensors of a `Plan`."""
+    num_edges = num_heads * num_queries * sizes.topk
+    num_cells = num_heads * sizes.num_blocks
+    return {
+        "csr_offsets": Buffer((num_cells + 1,), torch.int32),
+        "csr_edges": Buffer((num_edges,), torch.int32),
+        "work_items": Buffer((num_edges // edges_per_item + num_cells, 4), torch.int32),
+    }
+
+
+def plan_scratch_bytes(num_heads: int, num_queries: int, topk: int, num_blocks: int) -> int:
+    """Bytes that making a plan needs for a moment: an int32 count per (cell, part), and as much again to scan them."""
+    return 2 * 4 * _plan_counts(num_heads, num_queries, topk, num_blocks)
+
+
+def _plan_counts(num_heads: int, num_queries: int, topk: int, num_blocks: int) -> int:
+    return num_heads * num_blocks * plan_parts(num_heads, num_queries, topk) + 1
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of o_partial: fp16 carries more bits than bf16 at the same bytes, and value_exponent gives the range."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
+    """What the forward main stage hands to the reduce stage."""
+    tile_k = forward_tile_k(sizes.head_dim, sizes.block_size)
+    subs = sizes.block_size // tile_k
+    rows = (num_heads, num_queries, sizes.topk, subs, sizes.group_size)
+    return {
+        "o_partial": Buffer((*rows, sizes.head_dim), partial_dtype(sizes.dtype)),
+        "lse_partial": Buffer(rows, torch.float32),
+        "value_exponent": Buffer((num_heads, sizes.num_blocks, subs), torch.int32),
+    }
+
+
+def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
+    """What the backward main stage hands to the reduce stage."""
+    tile_k = backward_tile_k(sizes.block_size)
+    subs = sizes.block_size // tile_k
+    max_pieces = 2 * num_heads * num_queries * sizes.topk // edges_per_item + 1
+    return {
+        "dq_partial": Buffer((num_heads, num_queries, sizes.topk, subs, sizes.group_size, sizes.head_dim), sizes.dtype),
+        "dkv_pieces": Buffer((max_pieces, subs, 2, tile_k, sizes.head_dim), torch.float32),
+    }
+
+
+def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
+    """Bytes that a chunk of `num_heads` KV heads and `num_queries` tokens allocates (delta, accumulators: apart)."""
+    per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
+    buffers = plan_buffers(sizes, num_heads, num_queries, per_item)
+    if which == "forward":
+        buffers |= forward_buffers(sizes, num_heads, num_queries)
+    else:
+        buffers |= backward_buffers(sizes, num_heads, num_queries, per_item)
+    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.topk, sizes.num_blocks)
+    return scratch + sum(buffer.bytes for buffer in buffers.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chunks
+# ---------------------------------------------------------------------------------------------------------------------
+def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
+    """Chunks that cover all (KV head, query token) pairs once, heads outside, within the bound of this module.
+
+    All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: all
+    heads together in the forward; in the backward as many heads as keep their accumulators within a quarter of the
+    limit (at least one).
+
+    Raises:
+        RuntimeError: not even one query of one KV head fits; says the limit that it takes.
+    """
+    groups, step = cut(sizes, which, limit)
+    queries = [(begin, min(begin + step, sizes.total_q)) for begin in range(0, sizes.total_q, step)]
+    return [Chunk(*heads, *query) for heads in _split(sizes.num_kv_heads, groups) for query in queries]
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
+    """The decision of `plan_chunks`: in how many groups the KV heads go, and how many queries a chunk has."""
+    all_heads, all_queries = sizes.num_kv_heads, sizes.total_q
+    delta = sizes.delta_bytes if which == "backward" else 0
+
+    for groups in range(1, all_heads + 1):
+        if _fits(sizes, which, groups, all_queries, limit, limit - delta):
+            return groups, all_queries
+
+    groups = 1
+    if which == "backward":
+        for_accumulators = min(limit // 4, limit - limit // 4 - delta)
+        groups = ceil_div(all_heads, min(all_heads, max(1, for_accumulators // sizes.accumulator_bytes)))
+    while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
+        groups = min(2 * groups, all_heads)
+
+    accumulators = ceil_div(all_heads, groups) * sizes.accumulator_bytes if which == "backward" else 0
+    return groups, _query_step(sizes, which, groups, limit, max(limit - delta - accumulators, limit // 4))
+
+
+def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, budget: int) -> bool:
+    """Whether chunks of `num_queries` tokens, the heads in so many groups, stay within `budget` bytes and int32."""
+    lengths = {sizes.num_kv_heads // groups, ceil_div(sizes.num_kv_heads, groups)}
+    return all(
+        _fits_int32(sizes, which, num_heads, num_queries)
+        and chunk_bytes(sizes, which, num_heads, num_queries, limit) <= budget
+        for num_heads in lengths
+    )
+
+
+def _fits_int32(sizes: Sizes, which: Pass, num_heads: int, num_queries: int) -> bool:
+    """Whether every index inside a chunk fits int32."""
+    tile_k = (
+        forward_tile_k(sizes.head_dim, sizes.block_size) if which == "forward" else backward_tile_k(sizes.block_size)
+    )
+    num_edges = num_heads * num_queries * sizes.topk
+    largest = max(
+        2 * num_edges,  # 2 * csr_offsets numbers the pieces
+        num_edges * (sizes.block_size // tile_k) * sizes.group_size,  # rows of partials
+        _plan_counts(num_heads, num_queries, sizes.topk, sizes.num_blocks),
+        num_edges // 64 + num_heads * sizes.num_blocks,  # work items
+    )
+    return largest < _INT32_END
+
+
+def _split(total: int, count: int) -> list[tuple[int, int]]:
+    """Cuts range(total) into `count` ranges whose lengths differ by at most one, the longest first."""
+    base, longer = divmod(total, count)
+    ends = [(i + 1) * base + min(i + 1, longer) for i in range(count)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _query_step(sizes: Sizes, which: Pass, groups: int, limit: int, budget: int) -> int:
+    """Queries of a chunk: the fewest chunks that fit, of balanced length, a multiple of 64 tokens where possible."""
+
+    def fits(num_queries: int) -> bool:
+        return _fits(sizes, which, groups, num_queries, limit, budget)
+
+    if not fits(1):
+        raise RuntimeError(_too_small_message(sizes, which, limit))
+    unit = _QUERY_STEP if fits(min(_QUERY_STEP, sizes.total_q)) else 1
+    low, high = 1, ceil_div(sizes.total_q, unit)  # in units; low fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
+
+    count = ceil_div(sizes.total_q, low * unit)
+    step = round_up(ceil_div(sizes.total_q, count), unit)
+    # Sizes are nearly, not strictly, monotonic in the queries (item lengths are rounded): check what is returned.
+    while not (fits(step) and fits(sizes.total_q % step or step)):
+        step -= unit if step > unit else 1
+    return step
+
+
+def _too_small_message(sizes: Sizes, which: Pass, limit: int) -> str:
+    one_query = chunk_bytes(sizes, which, 1, 1, limit=1 << 62)
+    beside = sizes.delta_bytes + sizes.accumulator_bytes if which == "backward" else 0
+    needed = min(4 * one_query, one_query + beside)  # chunks get what is left, and a quarter of the limit at least
+    return (
+        f"workspace limit must hold one query of one KV head, in the {which} of this call {needed} bytes, "
+        f"got {limit} bytes; raise it with fsa.set_workspace_limit({needed}) or FSA_WORKSPACE_LIMIT_MIB"
+    )

@@ -1,0 +1,86 @@
+"""plan: the edges of every cell in order, and the work items, exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import stage_reference
+import torch
+from stages import BACKENDS, CASES, Case, load_stages, make_chunk, make_problem
+from torch import Tensor
+
+from fsa.problem import Plan
+
+HOSTILE_CU_SEQLENS = (
+    [0, 200, 100, 127],  # descending
+    [5, 40, 40, 90],  # neither from 0 nor to the end
+    [-50, 2**31 - 1, 300, -(2**31)],
+    [127, 127, 127, 127],
+)
+
+
+def used(plan: Plan) -> Tensor:
+    """csr_edges without its unwritten tail."""
+    return plan.csr_edges[: int(plan.csr_offsets[-1])]
+
+
+def assert_same_plan(actual: Plan, wanted: Plan) -> None:
+    assert actual.csr_offsets.dtype == actual.csr_edges.dtype == actual.work_items.dtype == torch.int32
+    assert torch.equal(actual.csr_offsets, wanted.csr_offsets)
+    assert torch.equal(used(actual), used(wanted))
+    assert torch.equal(actual.work_items[:, 0], wanted.work_items[:, 0])
+    unused = wanted.work_items[:, :1] < 0
+    assert torch.equal(actual.work_items.masked_fill(unused, -1), wanted.work_items.masked_fill(unused, -1))
+
+
+@pytest.mark.parametrize("edges_per_item", [64, 192])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plan(backend: str, case: Case, edges_per_item: int) -> None:
+    stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
+    plan = stages.plan(problem, chunk, edges_per_item)
+    assert plan.edges_per_item == edges_per_item
+    assert plan.csr_edges.shape == (chunk.num_heads * chunk.num_queries * problem.topk,)
+    assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_selected(backend: str) -> None:
+    stages, case = load_stages(backend), CASES[0]
+    problem = make_problem(case, torch.float16)
+    problem = dataclasses.replace(problem, topk_idx=torch.full_like(problem.topk_idx, -1))
+    plan = stages.plan(problem, make_chunk(case), 64)
+    assert not plan.csr_offsets.any()
+    assert (plan.work_items[:, 0] == -1).all()
+
+
+def test_cuda_equals_triton() -> None:
+    cuda, triton = load_stages("cuda"), load_stages("triton")
+    case = Case("long", (30000, 1, 20000), (30000, 2, 21000), 4, 1, 8, 16, 64, popular=True)
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    assert_same_plan(cuda.plan(problem, chunk, 1024), triton.plan(problem, chunk, 1024))
+
+
+@pytest.mark.parametrize("cu_seqlens", HOSTILE_CU_SEQLENS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hostile_cu_seqlens_stay_in_bounds(backend: str, cu_seqlens: list[int]) -> None:
+    """Any cu_seqlens: every edge stands once at most, in a cell of the chunk and of its own head."""
+    case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 32)
+    stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
+    hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=problem.q.device)
+    plan = stages.plan(dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile), chunk, 64)
+
+    edges_per_head = chunk.num_queries * problem.topk
+    offsets = plan.csr_offsets.tolist()
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= chunk.num_heads * edges_per_head
+    for head in range(chunk.num_heads):
+        edges = plan.csr_edges[offsets[head * problem.num_blocks] : offsets[(head + 1) * problem.num_blocks]]
+        assert edges.unique().numel() == edges.numel()
+        assert ((edges >= 0) & (edges < edges_per_head)).all()
+    cell, begin, end, sequence = plan.work_items[plan.work_items[:, 0] >= 0].T
+    assert (cell < chunk.num_heads * problem.num_blocks).all()
+    assert torch.equal(torch.sort(cell.long())[0].bincount(end - begin, len(offsets) - 1), plan.csr_offsets.diff())
+    assert ((sequence >= 0) & (sequence < problem.batch)).all()

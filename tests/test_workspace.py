@@ -1,0 +1,218 @@
+"""The chunk planner: whatever the shapes and the limit, chunks cover everything once and keep to their caps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import fsa
+from fsa import tiling, workspace
+from fsa.problem import Chunk
+from fsa.workspace import Pass, Sizes, chunk_bytes, cut, edges_per_item, plan_chunks
+
+PASSES: tuple[Pass, ...] = ("forward", "backward")
+SMALL = Sizes(
+    total_q=1000,
+    total_k=1300,
+    num_blocks=1300 // 128 + 3,
+    num_kv_heads=4,
+    group_size=3,
+    head_dim=160,
+    topk=5,
+    block_size=128,
+    dtype=torch.bfloat16,
+    num_sms=132,
+)
+
+
+@st.composite
+def problem_sizes(draw: st.DrawFn) -> Sizes:
+    total_k = draw(st.integers(1, 1 << 21))
+    block_size = draw(st.sampled_from([32, 64, 128, 256]))
+    return Sizes(
+        total_q=draw(st.integers(1, 1 << 21)),
+        total_k=total_k,
+        num_blocks=total_k // block_size + draw(st.integers(1, 5000)),
+        num_kv_heads=draw(st.integers(1, 300)),
+        group_size=draw(st.integers(1, 128)),
+        head_dim=8 * draw(st.integers(1, 32)),
+        topk=draw(st.integers(1, 512)),
+        block_size=block_size,
+        dtype=draw(st.sampled_from([torch.float16, torch.float32])),
+        num_sms=draw(st.sampled_from([8, 108, 132])),
+    )
+
+
+def ranges(chunks: list[Chunk]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Query ranges by head range, in the order of the chunks."""
+    by_heads = itertools.groupby(chunks, lambda c: (c.head_begin, c.head_end))
+    return {heads: [(c.query_begin, c.query_end) for c in group] for heads, group in by_heads}
+
+
+def assert_covers(pieces: list[tuple[int, int]], total: int) -> None:
+    """Non-empty ranges that follow each other from 0 to total."""
+    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
+    assert pieces[-1][1] == total and all(begin < end for begin, end in pieces)
+
+
+def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, queries_are_cut: bool) -> None:
+    """The bound that workspace.py documents, and int32 for every index inside the chunk."""
+    delta = sizes.delta_bytes if which == "backward" else 0
+    accumulators = sizes.accumulator_bytes if which == "backward" and queries_are_cut else 0
+    heads, queries = chunk.num_heads, chunk.num_queries
+    in_use = delta + heads * accumulators + chunk_bytes(sizes, which, heads, queries, limit)
+    assert in_use <= max(limit, delta + accumulators + limit // 4)
+
+    if which == "forward":
+        rows = workspace.forward_buffers(sizes, heads, queries)["lse_partial"].shape
+    else:
+        rows = workspace.backward_buffers(sizes, heads, queries, 64)["dq_partial"].shape[:-1]
+    assert 2 * heads * queries * sizes.topk < 2**31
+    assert math.prod(rows) < 2**31
+    assert workspace.plan_scratch_bytes(heads, queries, sizes.topk, sizes.num_blocks) < 8 * 2**31
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem_sizes(), st.sampled_from(PASSES), st.integers(21, 36))
+def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pass, log2_limit: int) -> None:
+    limit = 1 << log2_limit
+    try:
+        groups, step = cut(sizes, which, limit)
+    except RuntimeError:
+        assert chunk_bytes(sizes, which, 1, 1, limit) > limit // 4
+        return
+    assume(groups * sizes.total_q / step < 10_000)
+    chunks = plan_chunks(sizes, which, limit)
+    by_heads = ranges(chunks)
+    assert_covers(list(by_heads), sizes.num_kv_heads)
+    for queries in by_heads.values():
+        assert_covers(queries, sizes.total_q)
+    shapes = {(chunk.num_heads, chunk.num_queries): chunk for chunk in chunks}
+    for chunk in shapes.values():
+        assert_within_caps(sizes, which, limit, chunk, queries_are_cut=chunk.num_queries < sizes.total_q)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem_sizes(), st.sampled_from(PASSES), st.integers(1, 1 << 24))
+def test_the_limit_that_the_error_names_is_enough(sizes: Sizes, which: Pass, limit: int) -> None:
+    try:
+        cut(sizes, which, limit)
+    except RuntimeError as error:
+        enough = int(str(error).split(" of this call ")[1].split()[0])
+        assert enough > limit
+        cut(sizes, which, enough)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_everything_in_one_chunk_if_it_fits(which: Pass) -> None:
+    needed = chunk_bytes(SMALL, which, 4, 1000, 1 << 40) + (SMALL.delta_bytes if which == "backward" else 0)
+    assert plan_chunks(SMALL, which, 4 * needed) == [Chunk(0, 4, 0, 1000)]
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_then_whole_heads(which: Pass) -> None:
+    sizes = dataclasses.replace(SMALL, num_kv_heads=5, topk=50)
+    limit = chunk_bytes(sizes, which, 5, 1000, 1 << 40) // 2 + sizes.delta_bytes
+    chunks = plan_chunks(sizes, which, limit)
+    assert {(c.query_begin, c.query_end) for c in chunks} == {(0, 1000)}
+    assert len(chunks) > 1
+    assert max(c.num_heads for c in chunks) - min(c.num_heads for c in chunks) <= 1
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_then_queries_in_balanced_multiples_of_64(which: Pass) -> None:
+    sizes = dataclasses.replace(SMALL, total_q=100_000)
+    limit = 64 << 20
+    for queries in ranges(plan_chunks(sizes, which, limit)).values():
+        lengths = [end - begin for begin, end in queries]
+        assert len(lengths) > 1
+        assert all(length % 64 == 0 for length in lengths[:-1])
+        assert lengths[0] - 64 * len(lengths) <= lengths[-1] <= lengths[0]
+
+
+def test_forward_keeps_heads_together_and_backward_as_many_as_accumulate_in_a_quarter() -> None:
+    sizes = dataclasses.replace(SMALL, total_q=1 << 17, total_k=1 << 17, num_blocks=1025, head_dim=128, topk=64)
+    limit = 1 << 30
+    assert {c.num_heads for c in plan_chunks(sizes, "forward", limit)} == {4}
+    assert sizes.accumulator_bytes == limit // 8
+    assert {c.num_heads for c in plan_chunks(sizes, "backward", limit)} == {2}
+
+
+def test_accumulators_beyond_the_limit_leave_a_quarter_for_the_chunks() -> None:
+    sizes = dataclasses.replace(SMALL, total_q=1 << 20, total_k=1 << 21, num_blocks=(1 << 14) + 1)
+    limit = 1 << 30
+    assert sizes.accumulator_bytes > limit
+    chunks = plan_chunks(sizes, "backward", limit)
+    assert {c.num_heads for c in chunks} == {1}
+    assert limit // 8 < chunk_bytes(sizes, "backward", 1, chunks[0].num_queries, limit) <= limit // 4
+
+
+def test_chunk_bytes_are_the_bytes_of_the_buffers() -> None:
+    heads, queries, topk, blocks, group, head_dim = 2, 640, 5, 13, 3, 160
+    edges, cells = heads * queries * topk, heads * blocks
+    scratch = 2 * 4 * (cells * tiling.plan_parts(heads, queries, topk) + 1)
+
+    per_item = tiling.forward_edges_per_item(group)
+    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells)
+    # head_dim above 128: two sub-blocks of 64 keys; fp16 partial, fp32 lse, int32 exponent
+    forward = edges * 2 * group * (2 * head_dim + 4) + 4 * cells * 2
+    assert chunk_bytes(SMALL, "forward", heads, queries, 1 << 30) == scratch + plan + forward
+
+    per_item = tiling.backward_edges_per_item(edges, num_sms=132)
+    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells)
+    backward = edges * 2 * group * 2 * head_dim + (2 * edges // per_item + 1) * 2 * 4 * 128 * head_dim
+    assert chunk_bytes(SMALL, "backward", heads, queries, 1 << 30) == scratch + plan + backward
+
+
+@given(st.integers(1, 1 << 32), st.integers(1, 200), st.integers(2, 1 << 16))
+def test_backward_items(num_edges: int, num_sms: int, max_pieces: int) -> None:
+    free = tiling.backward_edges_per_item(num_edges, num_sms)
+    bounded = tiling.backward_edges_per_item(num_edges, num_sms, max_pieces)
+    assert free % 64 == bounded % 64 == 0 and 64 <= free <= bounded
+    assert num_edges // free <= 8 * num_sms
+    assert 2 * num_edges // bounded + 1 <= max_pieces
+
+
+@given(st.integers(1, 1024), st.integers(1, 1 << 22), st.integers(1, 512))
+def test_plan_parts(num_heads: int, num_queries: int, topk: int) -> None:
+    parts = tiling.plan_parts(num_heads, num_queries, topk)
+    assert 1 <= parts <= tiling.ceil_div(num_queries, 64)
+    assert parts == tiling.ceil_div(num_queries, 64) or parts * num_heads >= 264
+    assert parts == tiling.ceil_div(num_queries, 64) or num_queries * topk / parts <= 400_000
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 64, 128])
+def test_forward_items(group_size: int) -> None:
+    edges = tiling.forward_edges_per_item(group_size)
+    assert edges % 64 == 0 and 1024 <= edges * group_size < 1024 + 64 * group_size
+
+
+def test_tiles() -> None:
+    assert [tiling.forward_tile_k(128, block_size) for block_size in (32, 64, 128, 256)] == [32, 64, 128, 128]
+    assert [tiling.forward_tile_k(136, block_size) for block_size in (32, 64, 128, 256)] == [32, 64, 64, 64]
+    assert [tiling.backward_tile_k(block_size) for block_size in (32, 64, 128, 256)] == [32, 64, 64, 64]
+
+
+def test_pieces_take_at_most_a_quarter_of_the_limit() -> None:
+    sizes = dataclasses.replace(SMALL, head_dim=256, block_size=256, topk=512)
+    limit = 1 << 30
+    per_item = edges_per_item(sizes, "backward", 4, 100_000, limit)
+    assert workspace.backward_buffers(sizes, 4, 100_000, per_item)["dkv_pieces"].bytes <= limit // 4
+
+
+def test_set_workspace_limit(workspace_limit: None) -> None:
+    fsa.set_workspace_limit(123 << 20)
+    assert fsa.get_workspace_limit() == 123 << 20
+
+
+def test_limit_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FSA_WORKSPACE_LIMIT_MIB", raising=False)
+    assert workspace._limit_from_environment() == 1 << 30
+    monkeypatch.setenv("FSA_WORKSPACE_LIMIT_MIB", "256")
+    assert workspace._limit_from_environment() == 256 << 20

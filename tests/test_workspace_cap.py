@@ -1,0 +1,111 @@
+"""The workspace limit: kept whatever the selection, and cutting a call into chunks does not change what it gives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import Case
+from harness import (
+    DEVICE,
+    HAS_GPU,
+    MAIN_TARGETS,
+    Target,
+    assert_same_bits,
+    forward,
+    large_inputs,
+    peak_memory_of,
+    run,
+    skip_unless_usable,
+)
+from reference import Results
+from tolerances import assert_results, expected_results
+from torch import Tensor
+
+import fsa
+from fsa import backends
+from fsa.problem import Chunk, Plan
+
+pytestmark = pytest.mark.usefixtures("workspace_limit")
+MIB = 2**20
+
+CUT_CASE = (
+    Case("cut", (1400, 600), num_kv_heads=4, head_dim=64, block_size=64, topk=8)
+    if HAS_GPU
+    else Case("cut", (90, 33), num_kv_heads=2, group_size=4, head_dim=16, topk=2)
+)
+# Limits under which it is cut.
+CUT_LIMITS = {"heads": 12 * MIB, "queries": 2 * MIB} if HAS_GPU else {"heads": 50_000, "queries": 30_000}
+
+
+def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
+    """Will hold the chunks of all calls to come: the first stage sees each."""
+    stages, chunks = backends.stages(backend), []
+    plan: Callable[..., Plan] = stages.plan
+
+    def recording_plan(problem: object, chunk: Chunk, edges_per_item: int) -> Plan:
+        chunks.append(chunk)
+        return plan(problem, chunk, edges_per_item)
+
+    monkeypatch.setattr(stages, "plan", recording_plan)
+    return chunks
+
+
+@pytest.mark.parametrize("target", MAIN_TARGETS, ids=str)
+@pytest.mark.parametrize("cut", CUT_LIMITS)
+def test_a_call_in_chunks_is_as_exact(
+    cut: str, target: Target, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    skip_unless_usable(target.backend)
+    inputs = CUT_CASE.inputs(target.dtype, DEVICE)
+    chunks = _record_chunks(target.backend, monkeypatch)
+    fsa.set_workspace_limit(CUT_LIMITS[cut])
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = forward(inputs.replace(q=q, k=k, v=v), target.backend)
+    num_forward = len(chunks)
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
+    assert_results(Results(out.detach(), lse.detach(), *gradients), expected_results(inputs))
+
+    for one_pass in (chunks[:num_forward], chunks[num_forward:]):
+        assert len(one_pass) > 1
+        assert all(chunk.num_queries < len(inputs.q) for chunk in one_pass) == (cut == "queries")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", MAIN_TARGETS, ids=str)
+def test_a_call_in_chunks_is_deterministic(target: Target) -> None:
+    skip_unless_usable(target.backend)
+    inputs = CUT_CASE.inputs(target.dtype, DEVICE)
+    fsa.set_workspace_limit(CUT_LIMITS["queries"])
+    first = run(inputs, target.backend)
+    for _ in range(4):
+        assert_same_bits(first, run(inputs, target.backend))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory in use
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", MAIN_TARGETS, ids=str)
+@pytest.mark.parametrize("limit", [1024 * MIB, 300 * MIB], ids=["1GiB", "300MiB"])
+@pytest.mark.parametrize("popularity", [1, 30], ids=["random", "popular"])
+def test_peak_memory_keeps_to_the_limit(popularity: float, limit: int, target: Target) -> None:
+    skip_unless_usable(target.backend)
+    inputs = large_inputs([32_768], num_kv_heads=4, group_size=4, popularity=popularity, dtype=target.dtype)
+    partials = 2 * inputs.topk_idx.numel() * inputs.group_size * inputs.q.shape[-1]
+    assert partials > 1.9 * limit
+    if popularity > 1:
+        assert (inputs.topk_idx == 0).float().mean() > 0.5
+
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    fsa.set_workspace_limit(limit)
+    found: list[Tensor] = []
+    rounding = MIB  # of the allocator, for a few dozen tensors
+    outputs = inputs.q.nbytes + inputs.dlse.nbytes
+    assert peak_memory_of(lambda: found.extend(forward(inputs, target.backend))) <= outputs + limit + rounding
+
+    gradients = inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes
+    backward = functools.partial(torch.autograd.grad, found, (q, k, v), (inputs.dout, inputs.dlse))
+    assert peak_memory_of(backward) <= gradients + limit + rounding

@@ -1,0 +1,10 @@
+"""The six stages in Triton: same names and signatures as in `fsa.stages_cuda`."""
+
+from triton_ref.backward_main import backward_main
+from triton_ref.backward_preprocess import backward_preprocess
+from triton_ref.backward_reduce import backward_reduce
+from triton_ref.forward_main import forward_main
+from triton_ref.forward_reduce import forward_reduce
+from triton_ref.plan import plan
+
+__all__ = ["backward_main", "backward_preprocess", "backward_reduce", "forward_main", "forward_reduce", "plan"]
