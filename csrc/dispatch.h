@@ -1,5 +1,5 @@
-// Run-time values to compile-time constants. The instantiations of the main kernels are listed in CMakeLists.txt and nowhere
-// else; what is asked for here and not listed there fails to link, what is not asked for here throws.
+// Run-time values to compile-time constants. The instantiations of the main kernels are listed in CMakeLists.txt and
+// nowhere else; what is asked for here and not listed there fails to link, what is not asked for here throws.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -29,7 +29,8 @@ struct LaunchShape {
 };
 
 template <typename Params>
-void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, const Params& params, cudaStream_t stream) {
+void launch(
+    const char* name, void (*kernel)(Params), const LaunchShape& shape, const Params& params, cudaStream_t stream) {
     if (shape.shared_bytes > 48 * 1024) {
         check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), name);
     }

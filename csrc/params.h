@@ -57,8 +57,8 @@ struct PlanParams {
     Geometry geometry;
     const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
     int parts;                // runs of query tokens a head is counted in
-    int32_t* counts;          // [num_heads * num_blocks * parts + 1], scratch: edges by cell and part, then their prefix sum
-    void* scan_scratch;       // [scan_scratch_bytes], scratch of the prefix sum
+    int32_t* counts;     // [num_heads * num_blocks * parts + 1], scratch: edges by cell and part, then their prefix sum
+    void* scan_scratch;  // [scan_scratch_bytes], scratch of the prefix sum
     size_t scan_scratch_bytes;
     int32_t* csr_offsets;  // as in PlanView
     int32_t* csr_edges;
@@ -106,7 +106,8 @@ struct KeyValueGradients {
     void* dv;              // as dk, same strides
     int64_t token_stride;  // elements, of dk and dv
     int64_t head_stride;
-    float* dkv_pieces;  // [max_pieces, subs, 2 (dk, dv), tile_k, head_dim]; piece i of cell c: row 2 * csr_offsets[c] / edges_per_item + i
+    // Piece i of cell c is row 2 * csr_offsets[c] / edges_per_item + i.
+    float* dkv_pieces;  // [max_pieces, subs, 2 (dk, dv), tile_k, head_dim]
     int tile_k;
     bool accumulate;  // add to dk, dv: the queries come in several chunks
 };

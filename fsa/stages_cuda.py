@@ -1,6 +1,6 @@
 """The six stages bound to the compiled extension: same names and signatures as in `triton_ref.stages`.
 
-The extension implements the private ops whose schemas stand here; `fsa.backends` loads it before it imports this module.
+The extension implements the private ops whose schemas stand here; `fsa.backends` loads it first.
 """
 
 from __future__ import annotations

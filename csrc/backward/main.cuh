@@ -1,9 +1,10 @@
 // The backward main kernel on warp-level MMA. One source serves sm80 and sm90.
 //
-// A CTA keeps K and V of a sub-block in shared memory and its dK and dV in registers, and walks tiles of query rows. Scores are
-// computed transposed (keys are rows), so that P^T and dS^T, written to shared memory once, are A operands of dV = P^T dO and
-// dK = dS^T Q as they stand and of dQ = dS K through a transposing load. K and V are interleaved (layout.h): the chunks of Q and dO
-// that a lane loads whole then match its A fragments, and a lane's dQ accumulators are 8 neighbouring columns.
+// A CTA keeps K and V of a sub-block in shared memory and its dK and dV in registers, and walks tiles of query rows.
+// Scores are computed transposed (keys are rows), so that P^T and dS^T, written to shared memory once, are A operands
+// of dV = P^T dO and dK = dS^T Q as they stand and of dQ = dS K through a transposing load. K and V are interleaved
+// (layout.h): the chunks of Q and dO that a lane loads whole then match its A fragments, and a lane's dQ accumulators
+// are 8 neighbouring columns.
 #pragma once
 
 #include "backward/main.h"
@@ -49,7 +50,8 @@ struct SharedTiles {
 
 template <typename Traits>
 __device__ __forceinline__ SharedTiles<Traits> carve_shared_memory(unsigned char* shared) {
-    static_assert(sizeof(QueryTileRows<Traits>) == Traits::kRowBytes && sizeof(ItemState<Traits>) <= Traits::kStateBytes);
+    static_assert(
+        sizeof(QueryTileRows<Traits>) == Traits::kRowBytes && sizeof(ItemState<Traits>) <= Traits::kStateBytes);
     SharedTiles<Traits> s;
     s.k = shared_address(shared);
     s.v = s.k + Traits::kKeyTileBytes;
@@ -114,17 +116,20 @@ __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared,
         shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks},
         [&](int row) { shared.poison[row] = NAN; });
     load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
-        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
+        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks},
+        [](int) {});
     const int nonfinite = __syncthreads_or(keys.nonfinite);
     if (threadIdx.x == 0) shared.state->nonfinite_keys = nonfinite;  // seen behind the barrier before the first tile
 }
 
-// A strip of scores: the warp's 16 keys (rows) x 16 queries, as two n8 tiles. Wider ones would not fit beside dK and dV.
+// A strip of scores: the warp's 16 keys (rows) x 16 queries, as two n8 tiles. Wider ones would not fit beside dK and
+// dV.
 using ScoresT = float[2][4];
 
 // scores = A B^T: K Q^T or V dO^T, for the queries first_query .. first_query + 15 of the tile.
 template <typename Traits>
-__device__ __forceinline__ void compute_scores_t(ScoresT& scores, uint32_t key_tile, uint32_t query_tile, int first_query) {
+__device__ __forceinline__ void compute_scores_t(
+    ScoresT& scores, uint32_t key_tile, uint32_t query_tile, int first_query) {
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
     constexpr int kRow = Traits::kHeadDim * 2;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
@@ -145,7 +150,8 @@ __device__ __forceinline__ void compute_scores_t(ScoresT& scores, uint32_t key_t
         uint32_t a[2][4];
         ldmatrix_x4(a[0], key_chunk[j % 2][0] + j / 2 * 128);
         ldmatrix_x4(a[1], key_chunk[j % 2][1] + j / 2 * 128);
-        const uint4 b0 = load_shared_16(query_chunk[j % 2] + j / 2 * 128), b1 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + 8 * kRow);
+        const uint4 b0 = load_shared_16(query_chunk[j % 2] + j / 2 * 128),
+                    b1 = load_shared_16(query_chunk[j % 2] + j / 2 * 128 + 8 * kRow);
         mma_m16n8k16<typename Traits::T>(scores[0], a[0], b0.x, b0.y);
         mma_m16n8k16<typename Traits::T>(scores[1], a[0], b1.x, b1.y);
         mma_m16n8k16<typename Traits::T>(scores[0], a[1], b0.z, b0.w);
@@ -153,11 +159,12 @@ __device__ __forceinline__ void compute_scores_t(ScoresT& scores, uint32_t key_t
     }
 }
 
-// P = exp2(S - lse) and dS = P (dP - delta) * softmax_scale, both zero where a query does not see the key, to shared memory.
+// P = exp2(S - lse) and dS = P (dP - delta) * softmax_scale, both zero where a query does not see the key, to shared
+// memory.
 template <typename Traits>
 __device__ __forceinline__ void exp_and_store_probs(
-    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, ScoresT& s, const ScoresT& dp,
-    int first_query) {
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, ScoresT& s,
+    const ScoresT& dp, int first_query) {
     using Tile = SwizzledTile<Traits::kTileQ * 2>;
     using Half = HalfType<typename Traits::T>;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
@@ -212,11 +219,13 @@ using KeyGradient = float[Traits::kColumns / 8][4];
 
 // gradient += A B with A = P^T or dS^T [keys][queries] and B = dO or Q [queries][columns].
 template <typename Traits>
-__device__ __forceinline__ void accumulate_key_gradient(KeyGradient<Traits>& gradient, uint32_t prob_tile, uint32_t query_tile) {
+__device__ __forceinline__ void accumulate_key_gradient(
+    KeyGradient<Traits>& gradient, uint32_t prob_tile, uint32_t query_tile) {
     using ProbTile = SwizzledTile<Traits::kTileQ * 2>;
     using QueryTile = SwizzledTile<Traits::kHeadDim * 2>;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
-    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16, first_chunk = warp / Traits::kKeyWarps * (Traits::kColumns / 8);
+    const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16,
+              first_chunk = warp / Traits::kKeyWarps * (Traits::kColumns / 8);
 #pragma unroll
     for (int k = 0; k < Traits::kTileQ / 16; ++k) {
         uint32_t a[4];
@@ -224,7 +233,8 @@ __device__ __forceinline__ void accumulate_key_gradient(KeyGradient<Traits>& gra
 #pragma unroll
         for (int pair = 0; pair < Traits::kColumns / 16; ++pair) {
             uint32_t b[4];
-            ldmatrix_x4_trans(b, query_tile + QueryTile::offset(k * 16 + lane % 16, first_chunk + 2 * pair + lane / 16));
+            ldmatrix_x4_trans(
+                b, query_tile + QueryTile::offset(k * 16 + lane % 16, first_chunk + 2 * pair + lane / 16));
             mma_m16n8k16<typename Traits::T>(gradient[2 * pair], a, b[0], b[1]);
             mma_m16n8k16<typename Traits::T>(gradient[2 * pair + 1], a, b[2], b[3]);
         }
@@ -242,14 +252,16 @@ __device__ __forceinline__ void load_score_gradient(ScoreGradient<Traits>& ds, u
 #pragma unroll
     for (int k = 0; k < Traits::kTileK / 16; ++k) {
         ldmatrix_x4_trans(
-            ds[k], dscore_tile + Tile::offset(k * 16 + lane % 8 + lane / 16 * 8, warp % Traits::kDqRowWarps * 2 + lane / 8 % 2));
+            ds[k], dscore_tile +
+                       Tile::offset(k * 16 + lane % 8 + lane / 16 * 8, warp % Traits::kDqRowWarps * 2 + lane / 8 % 2));
     }
 }
 
 // dQ = dS K, 32 columns at a time, each stored as soon as it is done.
 template <typename Traits>
 __device__ __forceinline__ void compute_dq_and_store(
-    const ScoreGradient<Traits>& ds, uint32_t k_tile, const QueryTileRows<Traits>& rows, const BackwardMainParams& p, int head) {
+    const ScoreGradient<Traits>& ds, uint32_t k_tile, const QueryTileRows<Traits>& rows, const BackwardMainParams& p,
+    int head) {
     using T = typename Traits::T;
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
     using Half = HalfType<T>;
@@ -279,8 +291,9 @@ __device__ __forceinline__ void compute_dq_and_store(
             const int x = 2 * half;
             if (partial_row[half] >= 0 && column < head_dim) {
                 *reinterpret_cast<uint4*>(dq_partial + static_cast<int64_t>(partial_row[half]) * head_dim + column) =
-                    make_uint4(Half::pack(dq[0][x], dq[0][x + 1]), Half::pack(dq[1][x], dq[1][x + 1]),
-                               Half::pack(dq[2][x], dq[2][x + 1]), Half::pack(dq[3][x], dq[3][x + 1]));
+                    make_uint4(
+                        Half::pack(dq[0][x], dq[0][x + 1]), Half::pack(dq[1][x], dq[1][x + 1]),
+                        Half::pack(dq[2][x], dq[2][x + 1]), Half::pack(dq[3][x], dq[3][x + 1]));
             }
         }
     }
@@ -289,7 +302,8 @@ __device__ __forceinline__ void compute_dq_and_store(
 // A warp's rows of dK or dV: to the item's piece when its cell is cut into several items, else to the result.
 template <typename Traits>
 __device__ __forceinline__ void store_key_gradient(
-    const KeyGradient<Traits>& gradient, int which, const BackwardMainParams& p, const WorkItem& item, bool cut, int64_t piece) {
+    const KeyGradient<Traits>& gradient, int which, const BackwardMainParams& p, const WorkItem& item, bool cut,
+    int64_t piece) {
     using T = typename Traits::T;
     const Geometry& g = p.geometry;
     const KeyValueGradients& out = p.gradients;
@@ -321,13 +335,15 @@ __device__ __forceinline__ void store_key_gradients(
     const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const WorkItem& item) {
     const int cell_begin = __ldg(p.plan.csr_offsets + item.cell);
     const bool cut = __ldg(p.plan.csr_offsets + item.cell + 1) - cell_begin > p.plan.edges_per_item;
-    const int64_t piece = first_piece(cell_begin, p.plan.edges_per_item) + (item.edge_begin - cell_begin) / p.plan.edges_per_item;
+    const int64_t piece =
+        first_piece(cell_begin, p.plan.edges_per_item) + (item.edge_begin - cell_begin) / p.plan.edges_per_item;
     store_key_gradient<Traits>(dk, 0, p, item, cut, piece);
     store_key_gradient<Traits>(dv, 1, p, item, cut, piece);
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) backward_main(const __grid_constant__ BackwardMainParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+    backward_main(const __grid_constant__ BackwardMainParams p) {
     unsigned char* shared_memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const SharedTiles<Traits> shared = carve_shared_memory<Traits>(shared_memory);
     const Geometry& g = p.geometry;
@@ -339,7 +355,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) backward_m
         if (!fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, index)) continue;
         load_kv_block(shared, p);
 
-        // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done with.
+        // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done
+        // with.
         constexpr int kTileQ = Traits::kTileQ;
         auto edge_of = [&](int first_row) { return load_edge(g, p.plan, item, first_row + threadIdx.x); };
         auto rows_of = [&](int first_row) -> QueryTileRows<Traits>& { return shared.rows[first_row / kTileQ % 2]; };

@@ -30,7 +30,7 @@ struct BackwardMainTraits {
     static constexpr int kQueryTileBytes = kTileQ * kHeadDim * 2;  // Q, dO
     static constexpr int kProbTileBytes = kTileK * kTileQ * 2;     // P^T, dS^T
     static constexpr int kTileBytes = 2 * (kKeyTileBytes + kQueryTileBytes + kProbTileBytes);
-    static constexpr int kRowBytes = kTileQ * 32;                  // QueryTileRows
+    static constexpr int kRowBytes = kTileQ * 32;  // QueryTileRows
     static constexpr int kPoisonBytes = kTileK * 4;
     static constexpr int kStateBytes = 128 + kTileQ * 4;  // ItemState
     static constexpr int kSharedBytes = kTileBytes + 2 * kRowBytes + kPoisonBytes + kStateBytes;

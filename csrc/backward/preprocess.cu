@@ -32,8 +32,10 @@ __global__ void __launch_bounds__(kThreads) backward_preprocess(BackwardPreproce
 
     float sum = 0.f;
     if (column < p.head_dim) {
-        const T* out = static_cast<const T*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride + column;
-        const T* dout = static_cast<const T*>(p.dout.data) + token * p.dout.token_stride + head * p.dout.head_stride + column;
+        const T* out =
+            static_cast<const T*>(p.out.data) + token * p.out.token_stride + head * p.out.head_stride + column;
+        const T* dout =
+            static_cast<const T*>(p.dout.data) + token * p.dout.token_stride + head * p.dout.head_stride + column;
         sum = dot<T>(__ldg(reinterpret_cast<const uint4*>(out)), __ldg(reinterpret_cast<const uint4*>(dout)));
     }
 #pragma unroll
@@ -53,7 +55,9 @@ void launch_backward_preprocess(const BackwardPreprocessParams& p, cudaStream_t 
     dispatch_row_lanes(p.head_dim, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
         const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-        launch("backward_preprocess", backward_preprocess<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
+        launch(
+            "backward_preprocess", backward_preprocess<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p,
+            stream);
     });
 }
 

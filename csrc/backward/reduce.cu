@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(kThreads) backward_reduce_dq(BackwardReducePar
         const T* chunk = static_cast<const T*>(p.dq_partial) +
                          (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
         accumulate_partials<T, kLanes>(
-            dq, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first, column < g.head_dim);
+            dq, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first,
+            column < g.head_dim);
     }
     if (own_row >= num_rows || column >= g.head_dim) return;
     const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
     const int64_t head = static_cast<int64_t>(g.head_begin + row.head) * g.group_size + row.group_head;
-    store_row_chunk(static_cast<T*>(p.dq) + ((g.query_begin + row.query) * num_query_heads + head) * g.head_dim + column, dq);
+    store_row_chunk(
+        static_cast<T*>(p.dq) + ((g.query_begin + row.query) * num_query_heads + head) * g.head_dim + column, dq);
 }
 
 // A CTA a cell and slice of its elements; cells of a single work item were written by main.
@@ -55,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) backward_reduce_dkv(BackwardReducePa
 
     for (int i = blockIdx.y * kThreads + threadIdx.x; i < 2 * num_keys * pairs; i += kSlices * kThreads) {
         const int which = i / (num_keys * pairs), key = i / pairs - which * num_keys, column = i % pairs * 2;
-        const float* from = piece_row(out, g.subs, g.head_dim, piece, key / out.tile_k, which, key % out.tile_k) + column;
+        const float* from =
+            piece_row(out, g.subs, g.head_dim, piece, key / out.tile_k, which, key % out.tile_k) + column;
         float2 sum = make_float2(0.f, 0.f);
         for (int k = 0; k < num_pieces; ++k) {
             const float2 x = __ldcs(reinterpret_cast<const float2*>(from + k * piece_stride));
@@ -77,9 +80,13 @@ void launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) 
     dispatch_row_lanes(g.head_dim, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
         const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-        launch("backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
+        launch(
+            "backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p,
+            stream);
     });
-    launch("backward_reduce_dkv", backward_reduce_dkv<T>, {dim3(g.num_heads * g.num_blocks, kSlices), kThreads, 0}, p, stream);
+    launch(
+        "backward_reduce_dkv", backward_reduce_dkv<T>, {dim3(g.num_heads * g.num_blocks, kSlices), kThreads, 0}, p,
+        stream);
 }
 
 template void launch_backward_reduce<__half>(const BackwardReduceParams&, cudaStream_t);

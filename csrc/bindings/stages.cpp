@@ -29,7 +29,8 @@ struct ChunkArguments {
     int64_t total_k;
 };
 
-// subs, group_size and head_dim are those of a partial buffer [num_heads, num_queries, topk, subs, group_size, head_dim].
+// subs, group_size and head_dim are those of a partial buffer [num_heads, num_queries, topk, subs, group_size,
+// head_dim].
 Geometry make_geometry(const ChunkArguments& a, int64_t subs, int64_t group_size, int64_t head_dim) {
     STD_TORCH_CHECK(a.topk_idx.dim() == 3, "topk_idx must have 3 dimensions");
     const int64_t num_kv_heads = a.topk_idx.size(0), total_q = a.topk_idx.size(1), topk = a.topk_idx.size(2);
@@ -38,20 +39,23 @@ Geometry make_geometry(const ChunkArguments& a, int64_t subs, int64_t group_size
     check_buffer(a.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {batch + 1});
     check_buffer(a.cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, {batch + 1});
     STD_TORCH_CHECK(0 <= a.head_begin && a.head_begin < a.head_end && a.head_end <= num_kv_heads, "heads out of range");
-    STD_TORCH_CHECK(0 <= a.query_begin && a.query_begin < a.query_end && a.query_end <= total_q, "queries out of range");
+    STD_TORCH_CHECK(
+        0 <= a.query_begin && a.query_begin < a.query_end && a.query_end <= total_q, "queries out of range");
     STD_TORCH_CHECK(batch >= 1 && topk >= 1 && group_size >= 1 && subs >= 1, "empty problem");
     STD_TORCH_CHECK(a.block_size > 0 && a.block_size % subs == 0, "subs must divide block_size");
     STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8");
     const int64_t num_blocks = a.total_k / a.block_size + batch;
     const int64_t edges = (a.head_end - a.head_begin) * (a.query_end - a.query_begin) * topk;
-    STD_TORCH_CHECK(total_q <= INT32_MAX && a.total_k <= INT32_MAX && edges * subs * group_size <= INT32_MAX &&
-                        2 * edges <= INT32_MAX && (a.head_end - a.head_begin) * num_blocks <= INT32_MAX,
-                    "the chunk is too large for 32-bit row numbers");
+    STD_TORCH_CHECK(
+        total_q <= INT32_MAX && a.total_k <= INT32_MAX && edges * subs * group_size <= INT32_MAX &&
+            2 * edges <= INT32_MAX && (a.head_end - a.head_begin) * num_blocks <= INT32_MAX,
+        "the chunk is too large for 32-bit row numbers");
 
     Geometry g = {};
-    g.sequences = {static_cast<const int32_t*>(a.cu_seqlens_q.const_data_ptr()),
-                   static_cast<const int32_t*>(a.cu_seqlens_k.const_data_ptr()), static_cast<int>(batch), static_cast<int>(total_q),
-                   static_cast<int>(a.total_k)};
+    g.sequences = {
+        static_cast<const int32_t*>(a.cu_seqlens_q.const_data_ptr()),
+        static_cast<const int32_t*>(a.cu_seqlens_k.const_data_ptr()), static_cast<int>(batch),
+        static_cast<int>(total_q), static_cast<int>(a.total_k)};
     g.head_begin = static_cast<int>(a.head_begin);
     g.num_heads = static_cast<int>(a.head_end - a.head_begin);
     g.query_begin = static_cast<int>(a.query_begin);
@@ -82,18 +86,23 @@ int64_t num_edges_bound(const Geometry& g) {
 }
 
 PlanView plan_view(
-    const Geometry& g, const Tensor& csr_offsets, const Tensor& csr_edges, const Tensor& work_items, int64_t edges_per_item) {
+    const Geometry& g, const Tensor& csr_offsets, const Tensor& csr_edges, const Tensor& work_items,
+    int64_t edges_per_item) {
     STD_TORCH_CHECK(edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX, "edges_per_item out of range");
-    const int64_t cells = static_cast<int64_t>(g.num_heads) * g.num_blocks, max_items = num_edges_bound(g) / edges_per_item + cells;
+    const int64_t cells = static_cast<int64_t>(g.num_heads) * g.num_blocks,
+                  max_items = num_edges_bound(g) / edges_per_item + cells;
     STD_TORCH_CHECK(max_items * g.subs <= INT32_MAX, "too many work items");
     check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {cells + 1});
     check_buffer(csr_edges, "csr_edges", ScalarType::Int, {num_edges_bound(g)});
     check_buffer(work_items, "work_items", ScalarType::Int, {max_items, 4});
-    return {static_cast<const int32_t*>(csr_offsets.const_data_ptr()), static_cast<const int32_t*>(csr_edges.const_data_ptr()),
-            static_cast<const int4*>(work_items.const_data_ptr()), static_cast<int>(max_items), static_cast<int>(edges_per_item)};
+    return {
+        static_cast<const int32_t*>(csr_offsets.const_data_ptr()),
+        static_cast<const int32_t*>(csr_edges.const_data_ptr()), static_cast<const int4*>(work_items.const_data_ptr()),
+        static_cast<int>(max_items), static_cast<int>(edges_per_item)};
 }
 
-RowTensor row_tensor(const Tensor& t, const char* name, ScalarType dtype, int64_t tokens, int64_t heads, int64_t head_dim) {
+RowTensor row_tensor(
+    const Tensor& t, const char* name, ScalarType dtype, int64_t tokens, int64_t heads, int64_t head_dim) {
     check_rows(t, name, dtype);
     STD_TORCH_CHECK(t.size(0) == tokens && t.size(1) == heads && t.size(2) == head_dim, name, " has the wrong shape");
     return {t.const_data_ptr(), t.stride(0), t.stride(1)};
@@ -105,37 +114,48 @@ bool is_bf16(const Tensor& t) {
     return dtype == ScalarType::BFloat16;
 }
 
-// Scores are scaled inside exp2. The scale stays positive, so that -inf times it is -inf and the largest score the largest logit;
-// the caller hands over -q for a negative one.
+// Scores are scaled inside exp2. The scale stays positive, so that -inf times it is -inf and the largest score the
+// largest logit; the caller hands over -q for a negative one.
 float scale_log2(double softmax_scale) {
     STD_TORCH_CHECK(softmax_scale >= 0, "softmax_scale must not be negative here");
     return std::max(static_cast<float>(softmax_scale * 1.4426950408889634), FLT_MIN);
 }
 
 KeyValueGradients key_value_gradients(
-    const Geometry& g, const Tensor& dk, const Tensor& dv, const Tensor& dkv_pieces, ScalarType input_dtype, int64_t edges_per_item,
-    bool accumulate) {
+    const Geometry& g, const Tensor& dk, const Tensor& dv, const Tensor& dkv_pieces, ScalarType input_dtype,
+    int64_t edges_per_item, bool accumulate) {
     const ScalarType dtype = accumulate ? ScalarType::Float : input_dtype;
     for (const Tensor* t : {&dk, &dv}) {
-        STD_TORCH_CHECK(on_device(*t) && t->scalar_type() == dtype && t->dim() == 3, "dk and dv must be 3-d CUDA tensors of the right dtype");
-        STD_TORCH_CHECK(t->size(0) == g.sequences.total_k && t->size(1) == g.num_heads && t->size(2) == g.head_dim,
-                        "dk and dv must be [total_k, num_heads of the chunk, head_dim]");
-        STD_TORCH_CHECK(t->stride(2) == 1 && t->stride(0) % 8 == 0 && t->stride(1) % 8 == 0 && t->stride(0) == dk.stride(0) &&
-                            t->stride(1) == dk.stride(1),
-                        "dk and dv must have contiguous rows and the same strides");
+        STD_TORCH_CHECK(
+            on_device(*t) && t->scalar_type() == dtype && t->dim() == 3,
+            "dk and dv must be 3-d CUDA tensors of the right dtype");
+        STD_TORCH_CHECK(
+            t->size(0) == g.sequences.total_k && t->size(1) == g.num_heads && t->size(2) == g.head_dim,
+            "dk and dv must be [total_k, num_heads of the chunk, head_dim]");
+        STD_TORCH_CHECK(
+            t->stride(2) == 1 && t->stride(0) % 8 == 0 && t->stride(1) % 8 == 0 && t->stride(0) == dk.stride(0) &&
+                t->stride(1) == dk.stride(1),
+            "dk and dv must have contiguous rows and the same strides");
     }
     const int64_t tile_k = g.block_size / g.subs, max_pieces = 2 * num_edges_bound(g) / edges_per_item + 1;
     check_buffer(dkv_pieces, "dkv_pieces", ScalarType::Float, {max_pieces, g.subs, 2, tile_k, g.head_dim});
-    return {dk.mutable_data_ptr(), dv.mutable_data_ptr(), dk.stride(0), dk.stride(1), static_cast<float*>(dkv_pieces.mutable_data_ptr()),
-            static_cast<int>(tile_k), accumulate};
+    return {
+        dk.mutable_data_ptr(),
+        dv.mutable_data_ptr(),
+        dk.stride(0),
+        dk.stride(1),
+        static_cast<float*>(dkv_pieces.mutable_data_ptr()),
+        static_cast<int>(tile_k),
+        accumulate};
 }
 
 }  // namespace
 
-void plan(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end, int64_t query_begin,
-          int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item, Tensor csr_offsets,
-          Tensor csr_edges, Tensor work_items, Tensor counts) {
-    const ChunkArguments a = {topk_idx,  cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
+void plan(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor counts) {
+    const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     const Geometry g = make_geometry(a, 1, 1, 8);
     const PlanView view = plan_view(g, csr_offsets, csr_edges, work_items, edges_per_item);
@@ -153,7 +173,8 @@ void plan(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t hea
     p.parts = static_cast<int>(parts);
     p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
     p.scan_scratch_bytes = plan_scan_scratch_bytes(static_cast<int>(cells * parts + 1));
-    const Tensor scratch = torch::stable::new_empty(counts, {static_cast<int64_t>(p.scan_scratch_bytes)}, ScalarType::Byte);
+    const Tensor scratch =
+        torch::stable::new_empty(counts, {static_cast<int64_t>(p.scan_scratch_bytes)}, ScalarType::Byte);
     p.scan_scratch = scratch.mutable_data_ptr();
     p.csr_offsets = static_cast<int32_t*>(csr_offsets.mutable_data_ptr());
     p.csr_edges = static_cast<int32_t*>(csr_edges.mutable_data_ptr());
@@ -163,16 +184,18 @@ void plan(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t hea
     launch_plan(p, current_stream(topk_idx));
 }
 
-void forward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
-                  int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-                  Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
-                  Tensor lse_partial, Tensor value_exponent) {
+void forward_main(
+    Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
+    int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     k.size(0)};
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
     const ScalarType dtype = q.scalar_type();
     const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1);
-    check_buffer(lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
+    check_buffer(
+        lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
     check_buffer(value_exponent, "value_exponent", ScalarType::Int, {g.num_heads, g.num_blocks, g.subs});
 
     ForwardMainParams p = {};
@@ -197,14 +220,16 @@ void forward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqle
     });
 }
 
-void forward_reduce(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-                    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
-                    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse) {
-    const ChunkArguments a = {topk_idx,  cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
+void forward_reduce(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse) {
+    const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
     const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1), num_heads = num_kv_heads * g.group_size;
-    check_buffer(lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
+    check_buffer(
+        lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
     check_buffer(value_exponent, "value_exponent", ScalarType::Int, {g.num_heads, g.num_blocks, g.subs});
     check_buffer(out, "out", out.scalar_type(), {total_q, num_heads, g.head_dim});
     check_buffer(lse, "lse", ScalarType::Float, {num_heads, total_q});
@@ -244,10 +269,11 @@ void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Te
     dispatch_dtype(is_bf16(out), [&](auto t) { launch_backward_preprocess<decltype(t)>(p, stream); });
 }
 
-void backward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
-                   int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-                   Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
-                   Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate) {
+void backward_main(
+    Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
+    int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
+    Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     k.size(0)};
     const ScalarType dtype = q.scalar_type();
@@ -281,11 +307,11 @@ void backward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seql
     });
 }
 
-void backward_reduce(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-                     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor csr_offsets,
-                     int64_t edges_per_item, Tensor dq_partial, Tensor dkv_pieces, Tensor dq, Tensor dk, Tensor dv,
-                     bool accumulate) {
-    const ChunkArguments a = {topk_idx,  cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
+void backward_reduce(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor csr_offsets,
+    int64_t edges_per_item, Tensor dq_partial, Tensor dkv_pieces, Tensor dq, Tensor dk, Tensor dv, bool accumulate) {
+    const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     const ScalarType dtype = dq.scalar_type();
     const Geometry g = geometry_of_partial(a, dq_partial, "dq_partial", dtype);

@@ -9,29 +9,33 @@ namespace fsa {
 
 using torch::stable::Tensor;
 
-void plan(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end, int64_t query_begin,
-          int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item, Tensor csr_offsets,
-          Tensor csr_edges, Tensor work_items, Tensor counts);
+void plan(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor counts);
 
-void forward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
-                  int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-                  Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
-                  Tensor lse_partial, Tensor value_exponent);
+void forward_main(
+    Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
+    int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent);
 
-void forward_reduce(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-                    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
-                    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse);
+void forward_reduce(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse);
 
 void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Tensor delta);
 
-void backward_main(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
-                   int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-                   Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
-                   Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate);
+void backward_main(
+    Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
+    int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
+    Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate);
 
-void backward_reduce(Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-                     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor csr_offsets,
-                     int64_t edges_per_item, Tensor dq_partial, Tensor dkv_pieces, Tensor dq, Tensor dk, Tensor dv,
-                     bool accumulate);
+void backward_reduce(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor csr_offsets,
+    int64_t edges_per_item, Tensor dq_partial, Tensor dkv_pieces, Tensor dq, Tensor dk, Tensor dv, bool accumulate);
 
 }  // namespace fsa

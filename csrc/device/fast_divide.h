@@ -12,8 +12,8 @@
 namespace fsa {
 
 // Round-up method (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994, figure 4.1):
-// with l = ceil(log2(divisor)) and m = floor(2^32 * (2^l - divisor) / divisor) + 1, n / divisor = (mulhi(m, n) + n) >> l.
-// The sum stays below 2^32 because n < 2^31.
+// with l = ceil(log2(divisor)) and m = floor(2^32 * (2^l - divisor) / divisor) + 1, n / divisor = (mulhi(m, n) + n)
+// >> l. The sum stays below 2^32 because n < 2^31.
 struct FastDivider {
     uint32_t divisor;
     uint32_t multiplier;

@@ -1,5 +1,5 @@
-// Rows of keys or values from global to shared memory. Rows behind the sequence's end and columns behind head_dim become zeros:
-// nothing that lies there can reach a product.
+// Rows of keys or values from global to shared memory. Rows behind the sequence's end and columns behind head_dim
+// become zeros: nothing that lies there can reach a product.
 #pragma once
 
 #include "device/convert.cuh"
@@ -36,11 +36,12 @@ struct TileMagnitude {
     bool nonfinite;       // this thread saw inf or NaN
 };
 
-// Interleaved words (layout.h), swizzled, inf and NaN replaced by zero: a masked key has probability 0, and 0 * NaN is NaN. The
-// caller makes up for it in the rows that do see such a key; on_nonfinite(row) is called for each chunk that held one.
+// Interleaved words (layout.h), swizzled, inf and NaN replaced by zero: a masked key has probability 0, and 0 * NaN
+// is NaN. The caller makes up for it in the rows that do see such a key; on_nonfinite(row) is called for each chunk
+// that held one.
 template <typename T, int kRows, int kHeadDim, int kThreads, typename OnNonfinite>
-__device__ __forceinline__ TileMagnitude load_tile_interleaved(
-    uint32_t tile, const TileSource<T>& source, const OnNonfinite& on_nonfinite) {
+__device__ __forceinline__ TileMagnitude
+load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfinite& on_nonfinite) {
     constexpr int kChunks = kHeadDim / 8, kPerThread = kRows * kChunks / kThreads;
     constexpr int kBatch = kPerThread <= 8 ? kPerThread : (kPerThread % 8 == 0 ? 8 : 6);
     static_assert(kRows * kChunks % kThreads == 0 && kPerThread % kBatch == 0, "every thread copies whole batches");
@@ -86,11 +87,12 @@ __device__ __forceinline__ TileMagnitude load_tile_interleaved(
     return magnitude;
 }
 
-// Adds to this lane's 8 elements of a stored row what load_tile_interleaved took out: the inf and NaN elements of the visible keys.
-// Rare by nature, so it works on global memory and costs the main loop no registers.
+// Adds to this lane's 8 elements of a stored row what load_tile_interleaved took out: the inf and NaN elements of the
+// visible keys. Rare by nature, so it works on global memory and costs the main loop no registers.
 //   chunk: the tile's 8 columns at its first row    stored: the same 8 columns of the partial, written by this lane
 template <typename T, typename Stored>
-__device__ __forceinline__ void add_nonfinite_keys(const T* chunk, int64_t row_stride, int last_visible, Stored* stored) {
+__device__ __forceinline__ void add_nonfinite_keys(
+    const T* chunk, int64_t row_stride, int last_visible, Stored* stored) {
 #pragma unroll 1
     for (int key = 0; key <= last_visible; ++key) {
 #pragma unroll 1

@@ -23,8 +23,8 @@ __device__ __forceinline__ SequenceBounds sequence_bounds(const Sequences& s, in
     return b;
 }
 
-// The block ids of sequence b stand at first_block(b) + id among all blocks. ceil(length / block_size) of them never reach
-// first_block(b + 1), so the ranges need no prefix sum.
+// The block ids of sequence b stand at first_block(b) + id among all blocks. ceil(length / block_size) of them never
+// reach first_block(b + 1), so the ranges need no prefix sum.
 __device__ __forceinline__ int first_block(const Sequences& s, int sequence, int block_size) {
     return clamped(s.cu_seqlens_k, sequence, s.total_k) / block_size + sequence;
 }
@@ -59,7 +59,8 @@ __device__ __forceinline__ int last_visible_key(const SequenceBounds& b, int que
     return causal ? min(position + b.num_keys - b.num_queries, b.num_keys - 1) : b.num_keys - 1;
 }
 
-// Whether a slot with this block id, or its sub-block that starts `key_offset` keys into the block, holds a visible key.
+// Whether a slot with this block id, or its sub-block that starts `key_offset` keys into the block, holds a visible
+// key.
 __device__ __forceinline__ bool slot_attends(int block_id, int block_size, int key_offset, int last_key) {
     return block_id >= 0 && static_cast<int64_t>(block_id) * block_size + key_offset <= last_key;
 }

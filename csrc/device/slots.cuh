@@ -53,8 +53,8 @@ __device__ __forceinline__ SlotPartial load_slot_partial(const Geometry& g, cons
     return s;
 }
 
-// sum += weight * partial over the kLanes partials whose weights the lanes hold. Every lane reads 16 bytes a partial; all reads
-// of a batch are in flight together. Partials of weight 0 are not read: main may not have written them.
+// sum += weight * partial over the kLanes partials whose weights the lanes hold. Every lane reads 16 bytes a partial;
+// all reads of a batch are in flight together. Partials of weight 0 are not read: main may not have written them.
 template <typename Partial, int kLanes>
 __device__ __forceinline__ void accumulate_partials(
     float (&sum)[8], const Partial* first_chunk, int64_t row_stride, float weight, int count, bool chunk_exists) {
@@ -86,8 +86,9 @@ __device__ __forceinline__ void accumulate_partials(
 
 template <typename T>
 __device__ __forceinline__ void store_row_chunk(T* chunk, const float (&x)[8]) {
-    *reinterpret_cast<uint4*>(chunk) = make_uint4(HalfType<T>::pack(x[0], x[1]), HalfType<T>::pack(x[2], x[3]),
-                                                  HalfType<T>::pack(x[4], x[5]), HalfType<T>::pack(x[6], x[7]));
+    *reinterpret_cast<uint4*>(chunk) = make_uint4(
+        HalfType<T>::pack(x[0], x[1]), HalfType<T>::pack(x[2], x[3]), HalfType<T>::pack(x[4], x[5]),
+        HalfType<T>::pack(x[6], x[7]));
 }
 
 }  // namespace fsa

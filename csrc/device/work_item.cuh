@@ -1,4 +1,5 @@
-// What one iteration of a persistent main kernel works on: a sub-block of keys and a run of rows (edges x group) that attend to it.
+// What one iteration of a persistent main kernel works on: a sub-block of keys and a run of rows (edges x group) that
+// attend to it.
 #pragma once
 
 #include "device/sequence.cuh"
@@ -7,23 +8,25 @@
 namespace fsa {
 
 struct WorkItem {
-    int index;      // its number in the loop over work items and sub-blocks
+    int index;  // its number in the loop over work items and sub-blocks
     int cell;
-    int head;       // KV head, counted from the chunk's first
-    int kv_head;    // KV head of the tensors
-    int sub;        // sub-block of the block
+    int head;     // KV head, counted from the chunk's first
+    int kv_head;  // KV head of the tensors
+    int sub;      // sub-block of the block
     int edge_begin;
     int num_edges;
     int num_rows;   // num_edges * group_size; row r is head r % group_size of edge r / group_size
     int first_key;  // of the sub-block, counted from the start of its sequence
     int num_keys;   // keys of the sub-block inside the sequence, > 0
     int key_token;  // first_key as a row of k and v
-    int visible_offset;  // query + visible_offset is the last key a query sees, counted from first_key, if the sequence has it
-    int visible_end;     // the sequence's last key, counted from first_key
+    // query + visible_offset is the last key a query sees, counted from first_key, if the sequence has it
+    int visible_offset;
+    int visible_end;  // the sequence's last key, counted from first_key
 };
 
 // num_keys <= 0 when there is nothing to do: the row is unused, or the sub-block lies behind the end of its sequence.
-__device__ __forceinline__ void load_work_item(WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+__device__ __forceinline__ void load_work_item(
+    WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
     const int row = g.subs == 1 ? index : index / g.subs;
     const int4 entry = __ldg(plan.work_items + row);
     item = {};
@@ -46,9 +49,11 @@ __device__ __forceinline__ void load_work_item(WorkItem& item, const Geometry& g
     item.visible_offset = g.causal ? item.visible_end + 1 - bounds.num_queries - bounds.query_begin : item.visible_end;
 }
 
-// Work item `index`, put into shared memory for the whole CTA: the inner loops need their registers for other things. False when
-// there is nothing to do. All threads take part, and all are done with the item before when the first of them returns.
-__device__ __forceinline__ bool fetch_work_item(WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+// Work item `index`, put into shared memory for the whole CTA: the inner loops need their registers for other things.
+// False when there is nothing to do. All threads take part, and all are done with the item before when the first of
+// them returns.
+__device__ __forceinline__ bool fetch_work_item(
+    WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int index) {
     __syncthreads();
     if (threadIdx.x == 0) {
         WorkItem item;
@@ -66,10 +71,11 @@ __device__ __forceinline__ int64_t first_partial_row(const Geometry& g, int head
 
 // One row of a tile of queries.
 struct QueryRow {
-    int query;         // query token
-    int group_head;    // 0 .. group_size - 1
-    int partial_row;   // counted from first_partial_row; -1: nothing is stored, for the query sees no key of the sub-block, or the
-                       // row lies behind the item's last one (and repeats it)
+    int query;       // query token
+    int group_head;  // 0 .. group_size - 1
+    // Counted from first_partial_row; -1: nothing is stored, for the query sees no key of the sub-block, or the row
+    // lies behind the item's last one (and repeats it).
+    int partial_row;
     int last_visible;  // last key of the sub-block that the query sees, counted from first_key; negative: none
 };
 

@@ -1,9 +1,10 @@
 // The forward main kernel on warp-level MMA. One source serves sm80 and sm90.
 //
-// A CTA keeps K and V of a sub-block in shared memory; each of its warps takes tiles of query rows on its own, with no barrier in
-// the loop. Neither Q nor O passes through shared memory: query rows go from global memory straight into A fragments (the sum
-// over head_dim runs in a permuted order, the same for K), and V is stored so that a lane's accumulators are 8 neighbouring
-// columns, one 16-byte store. The next tile's rows are requested as soon as the scores of this one have used up the fragments.
+// A CTA keeps K and V of a sub-block in shared memory; each of its warps takes tiles of query rows on its own, with
+// no barrier in the loop. Neither Q nor O passes through shared memory: query rows go from global memory straight
+// into A fragments (the sum over head_dim runs in a permuted order, the same for K), and V is stored so that a lane's
+// accumulators are 8 neighbouring columns, one 16-byte store. The next tile's rows are requested as soon as the
+// scores of this one have used up the fragments.
 #pragma once
 
 #include "device/convert.cuh"
@@ -38,7 +39,8 @@ struct SharedTiles {
 template <typename Traits>
 constexpr int kLaneRows = 2 * Traits::kMmaRows;
 
-// Chunk 4j + lane % 4 of each of the lane's rows: words 0, 1 are the A fragment of step 2j, words 2, 3 that of step 2j + 1.
+// Chunk 4j + lane % 4 of each of the lane's rows: words 0, 1 are the A fragment of step 2j, words 2, 3 that of step
+// 2j + 1.
 template <typename Traits>
 using QueryFragments = uint4[kLaneRows<Traits>][Traits::kHeadDim / 32];
 
@@ -57,7 +59,8 @@ __device__ __forceinline__ void load_queries(
     const T* own = row_pointer<T>(p.q, row.query, item.kv_head * p.geometry.group_size + row.group_head);
 #pragma unroll
     for (int i = 0; i < kLaneRows<Traits>; ++i) {
-        const unsigned long long address = __shfl_sync(~0u, reinterpret_cast<unsigned long long>(own), 8 * i + lane / 4);
+        const unsigned long long address =
+            __shfl_sync(~0u, reinterpret_cast<unsigned long long>(own), 8 * i + lane / 4);
         const uint4* chunks = reinterpret_cast<const uint4*>(address) + lane % 4;
 #pragma unroll
         for (int j = 0; j < Traits::kHeadDim / 32; ++j) {
@@ -70,7 +73,8 @@ template <typename Traits>
 __device__ __forceinline__ void compute_scores(Scores<Traits>& s, const QueryFragments<Traits>& q, uint32_t k_tile) {
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
     const int lane = threadIdx.x % 32;
-    const uint32_t lane_chunk[2] = {k_tile + Tile::offset(lane / 4, lane % 4), k_tile + Tile::offset(lane / 4, lane % 4 + 4)};
+    const uint32_t lane_chunk[2] = {
+        k_tile + Tile::offset(lane / 4, lane % 4), k_tile + Tile::offset(lane / 4, lane % 4 + 4)};
 #pragma unroll
     for (int m = 0; m < Traits::kMmaRows; ++m)
 #pragma unroll
@@ -112,10 +116,12 @@ __device__ __forceinline__ void mask_invisible(Scores<Traits>& s, const QueryRow
     }
 }
 
-// P = softmax(S) * output_scale, and the row's log-sum-exp to memory. P is normalised here rather than O, which is wider.
+// P = softmax(S) * output_scale, and the row's log-sum-exp to memory. P is normalised here rather than O, which is
+// wider.
 template <typename Traits>
 __device__ __forceinline__ void normalise_and_store_lse(
-    Probs<Traits>& probs, const Scores<Traits>& s, const ForwardMainParams& p, const ItemState<Traits>& state, const QueryRow& row) {
+    Probs<Traits>& probs, const Scores<Traits>& s, const ForwardMainParams& p, const ItemState<Traits>& state,
+    const QueryRow& row) {
     const int lane = threadIdx.x % 32;
     float* lse = p.lse_partial + first_partial_row(p.geometry, state.item.head);
 #pragma unroll
@@ -123,7 +129,8 @@ __device__ __forceinline__ void normalise_and_store_lse(
         const int m = i / 2, half = i % 2;
         float row_max = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < Traits::kTileK / 8; ++n) row_max = fmaxf(row_max, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
+        for (int n = 0; n < Traits::kTileK / 8; ++n)
+            row_max = fmaxf(row_max, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
         const float shift = finite_shift(quad_max(row_max)) * p.softmax_scale_log2;
 
         float e[Traits::kTileK / 4], row_sum = 0.f;
@@ -147,7 +154,8 @@ __device__ __forceinline__ void normalise_and_store_lse(
 // O = P V, 32 columns at a time, each stored as soon as it is done.
 template <typename Traits>
 __device__ __forceinline__ void compute_pv_and_store(
-    const Probs<Traits>& probs, uint32_t v_tile, const ForwardMainParams& p, const WorkItem& item, const QueryRow& row) {
+    const Probs<Traits>& probs, uint32_t v_tile, const ForwardMainParams& p, const WorkItem& item,
+    const QueryRow& row) {
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
     const int lane = threadIdx.x % 32, head_dim = p.geometry.head_dim;
     __half* o_partial = p.o_partial + first_partial_row(p.geometry, item.head) * head_dim;
@@ -171,7 +179,8 @@ __device__ __forceinline__ void compute_pv_and_store(
                 ldmatrix_x4_trans(b, lane_chunk[group % 2][pair] + group / 2 * 128 + k * 16 * Traits::kHeadDim * 2);
 #pragma unroll
                 for (int m = 0; m < Traits::kMmaRows; ++m) {
-                    const uint32_t a[4] = {probs[m][2 * k][0], probs[m][2 * k][1], probs[m][2 * k + 1][0], probs[m][2 * k + 1][1]};
+                    const uint32_t a[4] = {
+                        probs[m][2 * k][0], probs[m][2 * k][1], probs[m][2 * k + 1][0], probs[m][2 * k + 1][1]};
                     mma_m16n8k16<typename Traits::T>(o[m][2 * pair], a, b[0], b[1]);
                     mma_m16n8k16<typename Traits::T>(o[m][2 * pair + 1], a, b[2], b[3]);
                 }
@@ -185,8 +194,9 @@ __device__ __forceinline__ void compute_pv_and_store(
             using Partial = HalfType<__half>;
             if (partial_row[i] >= 0 && column < head_dim) {
                 *reinterpret_cast<uint4*>(o_partial + static_cast<int64_t>(partial_row[i]) * head_dim + column) =
-                    make_uint4(Partial::pack(tiles[0][x], tiles[0][x + 1]), Partial::pack(tiles[1][x], tiles[1][x + 1]),
-                               Partial::pack(tiles[2][x], tiles[2][x + 1]), Partial::pack(tiles[3][x], tiles[3][x + 1]));
+                    make_uint4(
+                        Partial::pack(tiles[0][x], tiles[0][x + 1]), Partial::pack(tiles[1][x], tiles[1][x + 1]),
+                        Partial::pack(tiles[2][x], tiles[2][x + 1]), Partial::pack(tiles[3][x], tiles[3][x + 1]));
             }
         }
     }
@@ -200,7 +210,9 @@ __device__ __forceinline__ int value_exponent(uint32_t packed_max) {
     const float largest = fmaxf(m.x, m.y);
     if (largest == 0.f) return 0;
     const int exponent = ilogbf(largest) - 14;
-    return sizeof(T) == 2 && HalfType<T>::kInfinityBits == HalfType<__half>::kInfinityBits ? max(exponent, 0) : min(max(exponent, -100), 120);
+    return sizeof(T) == 2 && HalfType<T>::kInfinityBits == HalfType<__half>::kInfinityBits
+               ? max(exponent, 0)
+               : min(max(exponent, -100), 120);
 }
 
 // K and V of the sub-block, and what their values ask of the output. All threads of the CTA take part.
@@ -213,8 +225,10 @@ __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared,
         shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks});
     cp_async_commit();
     const TileMagnitude values = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
-        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks}, [](int) {});
-    const uint32_t low = __reduce_max_sync(~0u, values.packed_max & 0xffffu), high = __reduce_max_sync(~0u, values.packed_max >> 16);
+        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks},
+        [](int) {});
+    const uint32_t low = __reduce_max_sync(~0u, values.packed_max & 0xffffu),
+                   high = __reduce_max_sync(~0u, values.packed_max >> 16);
     if (threadIdx.x % 32 == 0) shared.state->warp_max[threadIdx.x / 32] = max(low, high);
     cp_async_wait<0>();
     const int nonfinite = __syncthreads_or(values.nonfinite);
@@ -243,13 +257,16 @@ __device__ __forceinline__ void restore_nonfinite_values(
         if (partial_row < 0) continue;
 #pragma unroll 1
         for (int column = 8 * (lane % 4); column < head_dim; column += 32) {
-            add_nonfinite_keys(values + column, p.v.token_stride, last, o_partial + static_cast<int64_t>(partial_row) * head_dim + column);
+            add_nonfinite_keys(
+                values + column, p.v.token_stride, last,
+                o_partial + static_cast<int64_t>(partial_row) * head_dim + column);
         }
     }
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) forward_main(const __grid_constant__ ForwardMainParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+    forward_main(const __grid_constant__ ForwardMainParams p) {
     unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const uint32_t k_tile = shared_address(memory);
     const SharedTiles<Traits> shared = {
@@ -264,9 +281,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas) forward_ma
         if (!fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, index)) continue;
         load_kv_block(shared, p);
 
-        // A lane keeps the description of one row of its warp's tile; edges are fetched two tiles ahead, query rows one.
+        // A lane keeps the description of one row of its warp's tile; edges are fetched two tiles ahead, query rows
+        // one.
         auto edge_of = [&](int tile) { return load_edge(g, p.plan, item, tile * Traits::kTileQ + tile_lane); };
-        auto row_of = [&](int tile, int edge) { return make_query_row(g, item, tile * Traits::kTileQ + tile_lane, edge); };
+        auto row_of = [&](int tile, int edge) {
+            return make_query_row(g, item, tile * Traits::kTileQ + tile_lane, edge);
+        };
         QueryFragments<Traits> q;
         QueryRow row = row_of(warp, edge_of(warp));
         load_queries<Traits>(q, p, item, row);

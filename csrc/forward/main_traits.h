@@ -11,8 +11,8 @@ struct ForwardMainTraits {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
 
-    // Rows of a warp's tile, in m16 tiles. Two share each K and V fragment, which halves the shared-memory traffic; beyond head_dim
-    // 128 the query fragments of two would not leave room for anything else in 255 registers.
+    // Rows of a warp's tile, in m16 tiles. Two share each K and V fragment, which halves the shared-memory traffic;
+    // beyond head_dim 128 the query fragments of two would not leave room for anything else in 255 registers.
     static constexpr int kMmaRows = kHeadDim <= 128 ? 2 : 1;
     static constexpr int kTileQ = 16 * kMmaRows;
 

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p
             const int64_t cell = static_cast<int64_t>(row.head) * g.num_blocks + partial.block;
             weight = ldexpf(weight, __ldg(p.value_exponent + cell * g.subs + partial.sub));
         }
-        const __half* chunk = p.o_partial + (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
+        const __half* chunk =
+            p.o_partial + (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
         accumulate_partials<__half, kLanes>(
             out, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first, chunk_exists);
     }
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p
     const int64_t token = g.query_begin + row.query;
     const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
     const int64_t head = static_cast<int64_t>(g.head_begin + row.head) * g.group_size + row.group_head;
-    if (chunk_exists) store_row_chunk(static_cast<T*>(p.out) + (token * num_query_heads + head) * g.head_dim + column, out);
+    if (chunk_exists)
+        store_row_chunk(static_cast<T*>(p.out) + (token * num_query_heads + head) * g.head_dim + column, out);
     if (lane == 0) p.lse[head * g.sequences.total_q + token] = log2_sum_exp(shift, sum) * kLn2;
 }
 
@@ -80,7 +82,8 @@ void launch_forward_reduce(const ForwardReduceParams& p, cudaStream_t stream) {
     dispatch_row_lanes(g.head_dim, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
         const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-        launch("forward_reduce", forward_reduce<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
+        launch(
+            "forward_reduce", forward_reduce<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
     });
 }
 

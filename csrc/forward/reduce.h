@@ -1,4 +1,5 @@
-// Stage reduce of the forward: merges the partial outputs of a query's slots by an online softmax over their log-sum-exps.
+// Stage reduce of the forward: merges the partial outputs of a query's slots by an online softmax over their
+// log-sum-exps.
 #pragma once
 
 #include <cuda_runtime.h>

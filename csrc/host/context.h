@@ -8,7 +8,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 // CPU builds of torch lack this symbol, and the library must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fsa {
 

@@ -1,8 +1,9 @@
 // A stable counting sort of the edges by cell: count by part of the queries, one prefix sum over (cell, part), fill.
 //
-// A part is a run of query tokens that one CTA counts and later fills; inside it every warp owns a run of its own. Prefix sums
-// over (cell, part) and over (cell, warp) say where each warp writes, so the order of a cell's edges is that of the queries and
-// no two runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics.
+// A part is a run of query tokens that one CTA counts and later fills; inside it every warp owns a run of its own.
+// Prefix sums over (cell, part) and over (cell, warp) say where each warp writes, so the order of a cell's edges is
+// that of the queries and no two runs of the program differ. Nothing is sorted by comparison and no result depends on
+// the order of atomics.
 #include "plan/plan.h"
 
 #include <cub/device/device_scan.cuh>
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Cells that a CTA counts in shared memory: 8 warps x 4096 x 2 bytes + 4096 x 4 bytes = 80 KB, two CTAs an SM. Longer sequences
-// (262,144 tokens in blocks of 64) are counted window by window.
+// Cells that a CTA counts in shared memory: 8 warps x 4096 x 2 bytes + 4096 x 4 bytes = 80 KB, two CTAs an SM. Longer
+// sequences (262,144 tokens in blocks of 64) are counted window by window.
 constexpr int kWindow = 4096;
 constexpr int kInFlight = 4;  // steps of 32 edges whose block ids are loaded ahead of their use
 
@@ -64,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) plan_count(PlanParams p) {
     }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < window; i += kThreads) p.counts[count_index(p, head, window_begin + i, part)] = counts[i];
+    for (int i = threadIdx.x; i < window; i += kThreads)
+        p.counts[count_index(p, head, window_begin + i, part)] = counts[i];
     if (blockIdx.x + blockIdx.y + blockIdx.z == 0 && threadIdx.x == 0) {
         p.counts[count_index(p, g.num_heads, 0, 0)] = 0;  // after the prefix sum: the number of edges
     }
@@ -76,7 +78,8 @@ __device__ __forceinline__ void count_edge(uint32_t* cursors, int cell) {
 }
 
 __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
-    int* bases = static_cast<int*>(dynamic_shared_memory());  // [window] first entry of this part in csr_edges, then [kWarps][window] 16-bit cursors
+    // [window]: where this part begins in csr_edges; then [kWarps][window]: 16-bit cursors
+    int* bases = static_cast<int*>(dynamic_shared_memory());
     const Geometry& g = p.geometry;
     const int part = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int window_begin = blockIdx.z * kWindow, window = min(kWindow, g.num_blocks - window_begin);
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
     uint32_t* own_words = all_cursors + warp * cursor_words;
     uint16_t* own_cursors = reinterpret_cast<uint16_t*>(own_words);
 
-    for (int i = threadIdx.x; i < window; i += kThreads) bases[i] = p.counts[count_index(p, head, window_begin + i, part)];
+    for (int i = threadIdx.x; i < window; i += kThreads)
+        bases[i] = p.counts[count_index(p, head, window_begin + i, part)];
     for (int i = threadIdx.x; i < kWarps * cursor_words; i += kThreads) all_cursors[i] = 0;
     __syncthreads();
 
@@ -131,8 +135,9 @@ __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
     }
 }
 
-// Work item i of cell c stands at row csr_offsets[c] / edges_per_item + c + i. A cell of n edges has ceil(n / edges_per_item) items
-// and the rows up to the next cell's first are at least as many, so rows need no prefix sum; those left over are marked unused.
+// Work item i of cell c stands at row csr_offsets[c] / edges_per_item + c + i. A cell of n edges has ceil(n /
+// edges_per_item) items and the rows up to the next cell's first are at least as many, so rows need no prefix sum;
+// those left over are marked unused.
 __global__ void __launch_bounds__(kThreads) plan_work_items(PlanParams p) {
     const Geometry& g = p.geometry;
     const int num_cells = g.num_heads * g.num_blocks;
@@ -147,7 +152,8 @@ __global__ void __launch_bounds__(kThreads) plan_work_items(PlanParams p) {
         const int first_row = begin / p.edges_per_item + cell, next_row = end / p.edges_per_item + cell + 1;
         for (int row = first_row, edge = begin; row < next_row; ++row, edge += p.edges_per_item) {
             const bool used = edge < end;
-            p.work_items[row] = used ? make_int4(cell, edge, min(edge + p.edges_per_item, end), sequence) : make_int4(-1, 0, 0, 0);
+            p.work_items[row] =
+                used ? make_int4(cell, edge, min(edge + p.edges_per_item, end), sequence) : make_int4(-1, 0, 0, 0);
         }
     }
     if (thread == 0) p.csr_offsets[num_cells] = num_edges;
@@ -160,8 +166,10 @@ __global__ void __launch_bounds__(kThreads) plan_work_items(PlanParams p) {
 
 size_t plan_scan_scratch_bytes(int num_counts) {
     size_t bytes = 0;
-    check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, bytes, static_cast<int32_t*>(nullptr), static_cast<int32_t*>(nullptr), num_counts),
-               "plan");
+    check_cuda(
+        cub::DeviceScan::ExclusiveSum(
+            nullptr, bytes, static_cast<int32_t*>(nullptr), static_cast<int32_t*>(nullptr), num_counts),
+        "plan");
     return bytes;
 }
 
@@ -173,7 +181,9 @@ void launch_plan(const PlanParams& p, cudaStream_t stream) {
 
     size_t scratch_bytes = p.scan_scratch_bytes;
     const int num_counts = g.num_heads * g.num_blocks * p.parts + 1;
-    check_cuda(cub::DeviceScan::ExclusiveSum(p.scan_scratch, scratch_bytes, p.counts, p.counts, num_counts, stream), "plan_scan");
+    check_cuda(
+        cub::DeviceScan::ExclusiveSum(p.scan_scratch, scratch_bytes, p.counts, p.counts, num_counts, stream),
+        "plan_scan");
 
     const int num_cells = g.num_heads * g.num_blocks;
     const int item_ctas = min((max(num_cells, 1) + kThreads - 1) / kThreads, 4 * sm_count());

@@ -92,7 +92,8 @@ void run_warp(int warp) {
         }
     }
     for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-        if (cta.fibers[thread]->state == State::kAtWarp) fail("lanes wait for lanes that have ended or wait for the CTA");
+        if (cta.fibers[thread]->state == State::kAtWarp)
+            fail("lanes wait for lanes that have ended or wait for the CTA");
     }
 }
 

@@ -1,4 +1,5 @@
-// A CTA of threads as fibers, and CUDA's built-in names for them. Included before any source of csrc/ is compiled for the CPU.
+// A CTA of threads as fibers, and CUDA's built-in names for them. Included before any source of csrc/ is compiled for
+// the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,8 +53,8 @@ dim3 grid_size();
 unsigned char* shared_memory();
 int shared_memory_bytes();
 
-// All 32 lanes of the running warp meet here; each brings an argument, and the last to come runs `resolve` on all of them.
-// `where` tells the instruction: lanes that meet at different ones stop the run.
+// All 32 lanes of the running warp meet here; each brings an argument, and the last to come runs `resolve` on all of
+// them. `where` tells the instruction: lanes that meet at different ones stop the run.
 void meet_warp(const char* where, void* argument, void (*resolve)(void* const (&arguments)[32]));
 
 // All threads of the CTA that have not ended meet here; returns whether any brought true.
@@ -103,9 +104,10 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
         T value;
         int source;
     };
-    const Pair result = emulator::warp_collective("shfl", Pair{value, source}, [width](const Pair(&pairs)[32], int lane) {
-        return Pair{pairs[lane / width * width + pairs[lane].source % width].value, 0};
-    });
+    const Pair result =
+        emulator::warp_collective("shfl", Pair{value, source}, [width](const Pair(&pairs)[32], int lane) {
+            return Pair{pairs[lane / width * width + pairs[lane].source % width].value, 0};
+        });
     return result.value;
 }
 
@@ -118,28 +120,29 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 
 inline int __any_sync(unsigned mask, int predicate) {
     require_full_mask(mask);
-    return emulator::warp_collective("any", predicate, [](const int(&values)[32], int) {
+    return emulator::warp_collective("any", predicate, [](const int (&values)[32], int) {
         return static_cast<int>(std::any_of(values, values + 32, [](int x) { return x != 0; }));
     });
 }
 
 inline unsigned __match_any_sync(unsigned mask, int value) {
     require_full_mask(mask);
-    return emulator::warp_collective("match.any", static_cast<unsigned>(value), [](const unsigned(&values)[32], int lane) {
-        unsigned peers = 0;
-        for (int other = 0; other < 32; ++other) peers |= (values[other] == values[lane] ? 1u : 0u) << other;
-        return peers;
-    });
+    return emulator::warp_collective(
+        "match.any", static_cast<unsigned>(value), [](const unsigned (&values)[32], int lane) {
+            unsigned peers = 0;
+            for (int other = 0; other < 32; ++other) peers |= (values[other] == values[lane] ? 1u : 0u) << other;
+            return peers;
+        });
 }
 
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     require_full_mask(mask);
     return emulator::warp_collective(
-        "redux.max", value, [](const unsigned(&values)[32], int) { return *std::max_element(values, values + 32); });
+        "redux.max", value, [](const unsigned (&values)[32], int) { return *std::max_element(values, values + 32); });
 }
 
 inline void __syncwarp() {
-    emulator::warp_collective("syncwarp", 0, [](const int(&)[32], int) { return 0; });
+    emulator::warp_collective("syncwarp", 0, [](const int (&)[32], int) { return 0; });
 }
 
 inline void __syncthreads() {

@@ -17,7 +17,8 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline unsigned char* shared_pointer(uint32_t address, int bytes) {
     if (address % bytes != 0) emulator::fail("misaligned shared-memory access");
-    if (address + bytes > static_cast<uint32_t>(emulator::shared_memory_bytes())) emulator::fail("shared-memory access out of bounds");
+    if (address + bytes > static_cast<uint32_t>(emulator::shared_memory_bytes()))
+        emulator::fail("shared-memory access out of bounds");
     return emulator::shared_memory() + address;
 }
 
