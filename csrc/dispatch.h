@@ -50,10 +50,13 @@ void dispatch_forward_tile_k(int tile_k, F&& f) {
     no_instantiation("forward tile_k", tile_k);
 }
 
-template <typename F>
+// Calls f(Constant<tile_k>()) when the backward has kernels of that tile at this width.
+template <int kHeadDim, typename F>
 void dispatch_backward_tile_k(int tile_k, F&& f) {
     if (tile_k == 32) return f(Constant<32>());
-    if (tile_k == 64) return f(Constant<64>());
+    if constexpr (kHeadDim <= 192) {
+        if (tile_k == 64) return f(Constant<64>());
+    }
     no_instantiation("backward tile_k", tile_k);
 }
 

@@ -11,6 +11,7 @@ namespace fsa {
 // torch's own check macro needs a symbol that CPU builds of torch lack, and this library must load there.
 inline void check_cuda(cudaError_t status, const char* what) {
     if (status != cudaSuccess) {
+        cudaGetLastError();  // or the next, healthy launch would report it again
         throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(status));
     }
 }

@@ -48,7 +48,7 @@ struct RowTensor {
 struct PlanView {
     const int32_t* csr_offsets;  // [num_heads * num_blocks + 1]
     const int32_t* csr_edges;    // [num_heads * num_queries * topk], ascending within a cell
-    const int4* work_items;      // [max_items]: cell (-1: unused row), edge begin, edge end, sequence
+    const int4* work_items;      // [max_items]: cell (-1: unused entry), edge begin, edge end, sequence
     int max_items;
     int edges_per_item;
 };

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import matplotlib
 import torch
 from lm_data import END, VOCAB_SIZE, Batch, Bigram, Corpus, draw_batch, load_corpus
-from lm_model import Cache, Config, LanguageModel, Layout, select_blocks
+from lm_model import Cache, Config, LanguageModel, Layer, Layout, select_blocks
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -46,10 +46,10 @@ class Run:
 
 
 CPU_RUN = Run(
-    Config(VOCAB_SIZE, dim=256, num_layers=2, num_heads=8, num_kv_heads=1, context=512, block_size=32, topk=4),
-    tokens_per_step=1024,
+    Config(VOCAB_SIZE, dim=128, num_layers=2, num_heads=4, num_kv_heads=1, context=512, block_size=32, topk=4),
+    tokens_per_step=2048,
     seconds=85,
-    held_out_batches=48,
+    held_out_batches=24,
 )
 GPU_RUN = Run(
     Config(VOCAB_SIZE, dim=512, num_layers=8, num_heads=8, num_kv_heads=2, context=8192, block_size=64, topk=16),
@@ -72,7 +72,7 @@ class Trainer:
         matrices = [parameter for parameter in self.model.layers.parameters() if parameter.dim() == 2]
         others = [parameter for parameter in self.model.parameters() if all(parameter is not m for m in matrices)]
         self._optimizers = [
-            torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1),
+            torch.optim.Muon(matrices, lr=0.03, momentum=0.95, weight_decay=0.1),
             torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
@@ -187,6 +187,7 @@ class AttentionReport:
 def inspect_attention(trainer: Trainer, batch: Batch, tokens: int = 2048) -> AttentionReport:
     """Looks at the first layer of the trained model: how sparse it is and, for the first `tokens`, how exact."""
     config, layer, layout = trainer.run.model, trainer.model.layers[0], trainer.layout(batch.lengths)
+    assert isinstance(layer, Layer)
     with trainer.autocast():
         x = layer.attention_norm(trainer.model.embedding(batch.inputs.to(trainer.device)))
         q, k, v = layer.attention.project(x, layout)
@@ -198,12 +199,9 @@ def inspect_attention(trainer: Trainer, batch: Batch, tokens: int = 2048) -> Att
     q, k, v, topk_idx = q[:tokens], k[:tokens], v[:tokens], topk_idx[:, :tokens]
     cu_seqlens = layout.cu_seqlens_q.clamp(max=tokens)
     out = fsa.selected_attention(q, k, v, topk_idx, cu_seqlens, block_size=config.block_size)
+    q, k, v = (tensor.double().cpu() for tensor in (q, k, v))
     exact = fsa.selected_attention(
-        *(tensor.double().cpu() for tensor in (q, k, v)),
-        topk_idx.cpu(),
-        cu_seqlens.cpu(),
-        block_size=config.block_size,
-        backend="reference",
+        q, k, v, topk_idx.cpu(), cu_seqlens.cpu(), block_size=config.block_size, backend="reference"
     )
     error = (out.double().cpu() - exact).norm() / exact.norm()
     return AttentionReport(attended.sum(-1).float().mean().item(), seen.float().mean().item(), error.item())

@@ -67,7 +67,7 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
     """Invert the chunk's selection into CSR by (KV head, KV block) and cut it into work items."""
     num_edges = chunk.num_heads * chunk.num_queries * problem.topk
     num_cells = chunk.num_heads * problem.num_blocks
-    parts = plan_parts(chunk.num_heads, chunk.num_queries, problem.topk)
+    parts = plan_parts(chunk.num_heads, chunk.num_queries)
     empty = problem.topk_idx.new_empty
     result = Plan(
         csr_offsets=empty(num_cells + 1),

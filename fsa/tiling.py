@@ -25,9 +25,9 @@ def forward_tile_k(head_dim: int, block_size: int) -> int:
     return min(block_size, 128 if head_dim <= 128 else 64)
 
 
-def backward_tile_k(block_size: int) -> int:
-    """Keys of a sub-block in the backward: their dK and dV stay on chip, whatever the head_dim."""
-    return min(block_size, 64)
+def backward_tile_k(head_dim: int, block_size: int) -> int:
+    """Keys of a sub-block in the backward: their dK and dV stay in registers, K and V in shared memory."""
+    return min(block_size, 64 if head_dim <= 192 else 32)
 
 
 def forward_edges_per_item(group_size: int) -> int:
@@ -47,14 +47,12 @@ def backward_edges_per_item(num_edges: int, num_sms: int, max_pieces: int | None
     return max(64, round_up(edges, 64))
 
 
-def plan_parts(num_heads: int, num_queries: int, topk: int) -> int:
+def plan_parts(num_heads: int, num_queries: int) -> int:
     """Parts into which the plan cuts the queries of a head, to count and fill them in parallel.
 
-    Enough parts for two CTAs on each of 132 SMs, and no part longer than about 400,000 edges; a part has at least 64
-    queries.
+    Enough parts for two CTAs on each of 132 SMs; a part has at least 64 queries.
     """
-    wanted = max(ceil_div(264, num_heads), ceil_div(num_queries * topk, 400_000))
-    return max(1, min(ceil_div(num_queries, 64), wanted))
+    return max(1, min(ceil_div(num_queries, 64), ceil_div(264, num_heads)))
 
 
 def num_sms(device: torch.device) -> int:

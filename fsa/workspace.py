@@ -169,13 +169,13 @@ def plan_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item:
     }
 
 
-def plan_scratch_bytes(num_heads: int, num_queries: int, topk: int, num_blocks: int) -> int:
+def plan_scratch_bytes(num_heads: int, num_queries: int, num_blocks: int) -> int:
     """Bytes that making a plan needs for a moment: an int32 count per (cell, part), and as much again to scan them."""
-    return 2 * 4 * _plan_counts(num_heads, num_queries, topk, num_blocks)
+    return 2 * 4 * _plan_counts(num_heads, num_queries, num_blocks)
 
 
-def _plan_counts(num_heads: int, num_queries: int, topk: int, num_blocks: int) -> int:
-    return num_heads * num_blocks * plan_parts(num_heads, num_queries, topk) + 1
+def _plan_counts(num_heads: int, num_queries: int, num_blocks: int) -> int:
+    return num_heads * num_blocks * plan_parts(num_heads, num_queries) + 1
 
 
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -197,7 +197,7 @@ def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str,
 
 def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
     """What the backward main stage hands to the reduce stage."""
-    tile_k = backward_tile_k(sizes.block_size)
+    tile_k = backward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
     max_pieces = 2 * num_heads * num_queries * sizes.topk // edges_per_item + 1
     return {
@@ -214,7 +214,7 @@ def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, lim
         buffers |= forward_buffers(sizes, num_heads, num_queries)
     else:
         buffers |= backward_buffers(sizes, num_heads, num_queries, per_item)
-    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.topk, sizes.num_blocks)
+    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks)
     return scratch + sum(buffer.bytes for buffer in buffers.values())
 
 
@@ -270,13 +270,15 @@ def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, 
 def _fits_int32(sizes: Sizes, which: Pass, num_heads: int, num_queries: int) -> bool:
     """Whether every index inside a chunk fits int32."""
     tile_k = (
-        forward_tile_k(sizes.head_dim, sizes.block_size) if which == "forward" else backward_tile_k(sizes.block_size)
+        forward_tile_k(sizes.head_dim, sizes.block_size)
+        if which == "forward"
+        else backward_tile_k(sizes.head_dim, sizes.block_size)
     )
     num_edges = num_heads * num_queries * sizes.topk
     largest = max(
         2 * num_edges,  # 2 * csr_offsets numbers the pieces
         num_edges * (sizes.block_size // tile_k) * sizes.group_size,  # rows of partials
-        _plan_counts(num_heads, num_queries, sizes.topk, sizes.num_blocks),
+        _plan_counts(num_heads, num_queries, sizes.num_blocks),
         num_edges // 64 + num_heads * sizes.num_blocks,  # work items
     )
     return largest < _INT32_END

@@ -23,6 +23,7 @@ from stages import (
 from tolerances import Expected, assert_close
 from torch import Tensor
 
+from fsa import tiling
 from fsa.problem import Chunk, Plan, Problem
 
 EDGES_PER_ITEM = 64
@@ -71,7 +72,7 @@ def expected(
     problem: Problem, chunk: Chunk, plan: Plan, given: Given, accumulate: bool = False
 ) -> tuple[dict[str, Expected], dict[str, Tensor]]:
     """What backward_main leaves, by name, and where it has something to add (masks over leading dimensions)."""
-    tile_k = min(problem.block_size, 64)
+    tile_k = tiling.backward_tile_k(problem.head_dim, problem.block_size)
     chosen = stage_reference.selection(problem, chunk, tile_k)
     uncut = stage_reference.uncut_edges(problem, chunk, plan)
     ones = torch.ones(*chosen.visible.shape, 1, device=uncut.device)

@@ -152,8 +152,8 @@ def test_dispatch_takes_the_smallest_kernel_that_holds_head_dim(native: ModuleTy
     for block_size in (32, 64, 128, 256):
         tile_k = tiling.forward_tile_k(head_dim, block_size)
         assert native.kernel_forward_tile_k(head_dim, tile_k) == tile_k
-        tile_k = tiling.backward_tile_k(block_size)
-        assert native.kernel_backward_tile_k(tile_k) == tile_k
+        tile_k = tiling.backward_tile_k(head_dim, block_size)
+        assert native.kernel_backward_tile_k(head_dim, tile_k) == tile_k
 
 
 def test_dispatch_throws_where_no_kernel_is_built(native: ModuleType) -> None:
@@ -163,5 +163,6 @@ def test_dispatch_throws_where_no_kernel_is_built(native: ModuleType) -> None:
     for head_dim, tile_k in ((128, 16), (128, 256), (192, 128)):
         with pytest.raises(RuntimeError, match=f"no kernel is built for forward tile_k = {tile_k}"):
             native.kernel_forward_tile_k(head_dim, tile_k)
-    with pytest.raises(RuntimeError, match="no kernel is built for backward tile_k = 128"):
-        native.kernel_backward_tile_k(128)
+    for head_dim, tile_k in ((128, 128), (256, 64)):
+        with pytest.raises(RuntimeError, match=f"no kernel is built for backward tile_k = {tile_k}"):
+            native.kernel_backward_tile_k(head_dim, tile_k)

@@ -84,3 +84,14 @@ def test_hostile_cu_seqlens_stay_in_bounds(backend: str, cu_seqlens: list[int]) 
     assert (cell < chunk.num_heads * problem.num_blocks).all()
     assert torch.equal(torch.sort(cell.long())[0].bincount(end - begin, len(offsets) - 1), plan.csr_offsets.diff())
     assert ((sequence >= 0) & (sequence < problem.batch)).all()
+
+
+def test_one_part_counts_a_popular_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More edges of one cell before a warp's first than 16 bits hold."""
+    stages = load_stages("cuda")
+    monkeypatch.setattr(stages, "plan_parts", lambda *_: 1)
+    case = Case("one_block", (20000,), (20000,), 1, 1, 8, 4, 256)
+    problem = make_problem(case, torch.float16)
+    problem = dataclasses.replace(problem, topk_idx=torch.zeros_like(problem.topk_idx))
+    plan = stages.plan(problem, make_chunk(case), 1024)
+    assert torch.equal(used(plan), torch.arange(80000, dtype=torch.int32, device=plan.csr_edges.device))

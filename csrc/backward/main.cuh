@@ -1,4 +1,4 @@
-// The backward main kernel on warp-level MMA. One source serves sm80 and sm90.
+// The backward main kernel on warp-level MMA. One source serves every GPU from sm_80 on.
 //
 // A CTA keeps K and V of a sub-block in shared memory and its dK and dV in registers, and walks tiles of query rows.
 // Scores are computed transposed (keys are rows), so that P^T and dS^T, written to shared memory once, are A operands
@@ -92,7 +92,7 @@ __device__ __forceinline__ void gather_queries(
     constexpr int kChunks = Traits::kHeadDim / 8;
     static_assert(Traits::kTileQ * kChunks % Traits::kThreads == 0);
     const int thread = thread_index_unhoisted(), num_chunks = p.geometry.head_dim / 8;
-#pragma unroll 2  // all at once would hold a dozen addresses beside dS
+#pragma unroll 2  // all at once would hold a dozen addresses
     for (int i = 0; i < Traits::kTileQ * kChunks / Traits::kThreads; ++i) {
         const int index = i * Traits::kThreads + thread, row = index / kChunks, chunk = index % kChunks;
         const bool valid = rows.partial_row[row] >= 0 && chunk < num_chunks;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void compute_scores_t(
     }
 }
 
-// P = exp2(S - lse) and dS = P (dP - delta) * softmax_scale, both zero where a query does not see the key, to shared
+// P = exp2(S - lse) and dS = P (dP - delta), both zero where a query does not see the key, to shared
 // memory.
 template <typename Traits>
 __device__ __forceinline__ void exp_and_store_probs(
@@ -181,7 +181,7 @@ __device__ __forceinline__ void exp_and_store_probs(
         for (int i = 0; i < 4; ++i) {
             if (nonfinite_keys) s[n][i] += shared.poison[key + i / 2 * 8];
             prob[i] = exp2_approx(fmaf(s[n][i], p.softmax_scale_log2, -(i % 2 ? lse.y : lse.x)));
-            dscore[i] = prob[i] * (dp[n][i] - (i % 2 ? delta.y : delta.x)) * p.softmax_scale;
+            dscore[i] = prob[i] * (dp[n][i] - (i % 2 ? delta.y : delta.x));
         }
         if (masked) {
             const int2 last = *reinterpret_cast<const int2*>(&rows.last_visible[query]);
@@ -226,7 +226,7 @@ __device__ __forceinline__ void accumulate_key_gradient(
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
     const int key_row = warp % Traits::kKeyWarps * 16 + lane % 16,
               first_chunk = warp / Traits::kKeyWarps * (Traits::kColumns / 8);
-#pragma unroll
+#pragma unroll 2  // unrolled whole, fragments of later steps are fetched early and the accumulators spill
     for (int k = 0; k < Traits::kTileQ / 16; ++k) {
         uint32_t a[4];
         ldmatrix_x4(a, prob_tile + ProbTile::offset(key_row, 2 * k + lane / 16));
@@ -241,34 +241,19 @@ __device__ __forceinline__ void accumulate_key_gradient(
     }
 }
 
-// dS of the warp's 16 queries as A fragments
-template <typename Traits>
-using ScoreGradient = uint32_t[Traits::kTileK / 16][4];
-
-template <typename Traits>
-__device__ __forceinline__ void load_score_gradient(ScoreGradient<Traits>& ds, uint32_t dscore_tile) {
-    using Tile = SwizzledTile<Traits::kTileQ * 2>;
-    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
-#pragma unroll
-    for (int k = 0; k < Traits::kTileK / 16; ++k) {
-        ldmatrix_x4_trans(
-            ds[k], dscore_tile +
-                       Tile::offset(k * 16 + lane % 8 + lane / 16 * 8, warp % Traits::kDqRowWarps * 2 + lane / 8 % 2));
-    }
-}
-
-// dQ = dS K, 32 columns at a time, each stored as soon as it is done.
+// dQ = dS K * softmax_scale, 32 columns at a time, each stored as soon as it is done. The scale comes last, here and in
+// dK: an fp16 dS that carried it would underflow sooner than the gradients do.
 template <typename Traits>
 __device__ __forceinline__ void compute_dq_and_store(
-    const ScoreGradient<Traits>& ds, uint32_t k_tile, const QueryTileRows<Traits>& rows, const BackwardMainParams& p,
-    int head) {
+    const SharedTiles<Traits>& shared, const QueryTileRows<Traits>& rows, const BackwardMainParams& p) {
     using T = typename Traits::T;
     using Tile = SwizzledTile<Traits::kHeadDim * 2>;
+    using ScoreTile = SwizzledTile<Traits::kTileQ * 2>;
     using Half = HalfType<T>;
     constexpr int kGroups = Traits::kHeadDim / 32;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32, head_dim = p.geometry.head_dim;
     const int first_row = warp % Traits::kDqRowWarps * 16 + lane / 4;
-    T* dq_partial = static_cast<T*>(p.dq_partial) + first_partial_row(p.geometry, head) * head_dim;
+    T* dq_partial = static_cast<T*>(p.dq_partial) + first_partial_row(p.geometry, shared.state->item.head) * head_dim;
     const int partial_row[2] = {rows.partial_row[first_row], rows.partial_row[first_row + 8]};
 #pragma unroll
     for (int step = 0; step < (kGroups + Traits::kDqColumnWarps - 1) / Traits::kDqColumnWarps; ++step) {
@@ -277,23 +262,30 @@ __device__ __forceinline__ void compute_dq_and_store(
         float dq[4][4] = {};
 #pragma unroll
         for (int k = 0; k < Traits::kTileK / 16; ++k) {
+            uint32_t a[4];  // dS, from dS^T
+            ldmatrix_x4_trans(
+                a,
+                shared.dscores + ScoreTile::offset(
+                                     k * 16 + lane % 8 + lane / 16 * 8, warp % Traits::kDqRowWarps * 2 + lane / 8 % 2));
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, k_tile + Tile::offset(k * 16 + lane % 16, group * 4 + 2 * pair + lane / 16));
-                mma_m16n8k16<T>(dq[2 * pair], ds[k], b[0], b[1]);
-                mma_m16n8k16<T>(dq[2 * pair + 1], ds[k], b[2], b[3]);
+                ldmatrix_x4_trans(b, shared.k + Tile::offset(k * 16 + lane % 16, group * 4 + 2 * pair + lane / 16));
+                mma_m16n8k16<T>(dq[2 * pair], a, b[0], b[1]);
+                mma_m16n8k16<T>(dq[2 * pair + 1], a, b[2], b[3]);
             }
         }
         const int column = 32 * group + 8 * (lane % 4);
+        auto scaled_pair = [&](const float (&tile)[4], int x) {
+            return Half::pack(tile[x] * p.softmax_scale, tile[x + 1] * p.softmax_scale);
+        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int x = 2 * half;
             if (partial_row[half] >= 0 && column < head_dim) {
                 *reinterpret_cast<uint4*>(dq_partial + static_cast<int64_t>(partial_row[half]) * head_dim + column) =
                     make_uint4(
-                        Half::pack(dq[0][x], dq[0][x + 1]), Half::pack(dq[1][x], dq[1][x + 1]),
-                        Half::pack(dq[2][x], dq[2][x + 1]), Half::pack(dq[3][x], dq[3][x + 1]));
+                        scaled_pair(dq[0], x), scaled_pair(dq[1], x), scaled_pair(dq[2], x), scaled_pair(dq[3], x));
             }
         }
     }
@@ -309,6 +301,7 @@ __device__ __forceinline__ void store_key_gradient(
     const KeyValueGradients& out = p.gradients;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
     const int first_column = warp / Traits::kKeyWarps * Traits::kColumns + lane % 4 * 2;
+    const float scale = which == 0 ? p.softmax_scale : 1.f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int key = warp % Traits::kKeyWarps * 16 + lane / 4 + half * 8;
@@ -319,7 +312,7 @@ __device__ __forceinline__ void store_key_gradient(
         float* piece_elements = piece_row(out, g.subs, g.head_dim, piece, item.sub, which, key) + first_column;
 #pragma unroll
         for (int n = 0; n < Traits::kColumns / 8; ++n) {
-            const float x = gradient[n][2 * half], y = gradient[n][2 * half + 1];
+            const float x = gradient[n][2 * half] * scale, y = gradient[n][2 * half + 1] * scale;
             if (first_column + n * 8 >= g.head_dim) break;
             if (cut) {
                 *reinterpret_cast<float2*>(piece_elements + n * 8) = make_float2(x, y);
@@ -379,11 +372,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             __syncthreads();  // P^T and dS^T are there
             accumulate_key_gradient<Traits>(dv, shared.probs, shared.dout);
             accumulate_key_gradient<Traits>(dk, shared.dscores, shared.q);
-            ScoreGradient<Traits> ds;
-            load_score_gradient<Traits>(ds, shared.dscores);
-            __syncthreads();  // Q, dO, P^T and dS^T are done with
+            __syncthreads();  // Q and dO are done with; dS^T is until the next tile's first barrier
             if (row + kTileQ < item.num_rows) gather_queries(shared, rows_of(row + kTileQ), p);
-            compute_dq_and_store<Traits>(ds, shared.k, rows_of(row), p, item.head);
+            compute_dq_and_store(shared, rows_of(row), p);
         }
         store_key_gradients<Traits>(dk, dv, p, item);
     }

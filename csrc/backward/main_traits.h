@@ -9,7 +9,7 @@ struct BackwardMainTraits {
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kTileK = kTileK_;
 
-    // Queries of a tile. Wider rows get fewer, so that K, V, Q and dO fit the 163 KB of an sm80 CTA.
+    // Queries of a tile. Wider rows get fewer, so that K, V, Q and dO fit shared memory.
     static constexpr int kTileQ = kHeadDim <= 128 ? 64 : 32;
 
     // Warp (key group, half): 16 keys, and half of the queries in S and dP, half of the columns in dK and dV.
@@ -23,7 +23,8 @@ struct BackwardMainTraits {
     static constexpr int kDqRowWarps = kTileQ / 16;
     static constexpr int kDqColumnWarps = kWarps / kDqRowWarps;
 
-    // 2 CTAs of 8 warps an SM leave 128 registers a thread; accumulators of wide rows need up to 255.
+    // 2 CTAs of 8 warps an SM (where shared memory allows, as on sm_90) leave 128 registers a thread; accumulators of
+    // wide rows need up to 255.
     static constexpr int kMinCtas = kHeadDim <= 128 ? 2 : 1;
 
     static constexpr int kKeyTileBytes = kTileK * kHeadDim * 2;    // K, V
@@ -38,7 +39,8 @@ struct BackwardMainTraits {
     static_assert(kColumns % 16 == 0, "ldmatrix hands a warp 16 columns of dK and dV at a time");
     static_assert(kTileQ / kHalves % 16 == 0, "a warp's queries in S come in pairs of n8 tiles");
     static_assert(kWarps % kDqRowWarps == 0, "warps divide the rows of dQ evenly");
-    static_assert(kSharedBytes <= 163 * 1024, "fits an sm80 CTA");
+    static_assert(
+        kSharedBytes <= 99 * 1024, "fits a CTA of every GPU from sm_80 on; sm_86, sm_89 and sm_120 have the least");
 };
 
 }  // namespace fsa

@@ -17,8 +17,8 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads) backward_reduce_dq(BackwardReduceParams p) {
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % kLanes, num_partials = g.topk * g.subs, column = 8 * lane;
-    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
-    const int64_t own_row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+    const int num_rows = g.num_heads * g.num_queries * g.group_size;
+    const int own_row = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
     const SlotRow row = load_slot_row(g, p.topk_idx, min(own_row, num_rows - 1));
 
     float dq[8] = {};
@@ -76,13 +76,11 @@ __global__ void __launch_bounds__(kThreads) backward_reduce_dkv(BackwardReducePa
 template <typename T>
 void launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
-    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
+    const int num_rows = g.num_heads * g.num_queries * g.group_size;
     dispatch_row_lanes(g.head_dim, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
-        const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-        launch(
-            "backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p,
-            stream);
+        const int ctas = (num_rows - 1) / (kThreads / kLanes) + 1;
+        launch("backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(ctas), kThreads, 0}, p, stream);
     });
     launch(
         "backward_reduce_dkv", backward_reduce_dkv<T>, {dim3(g.num_heads * g.num_blocks, kSlices), kThreads, 0}, p,

@@ -114,10 +114,10 @@ bool is_bf16(const Tensor& t) {
     return dtype == ScalarType::BFloat16;
 }
 
-// Scores are scaled inside exp2. The scale stays positive, so that -inf times it is -inf and the largest score the
-// largest logit; the caller hands over -q for a negative one.
+// Scores are scaled inside exp2. Positive, so that the largest score is the largest logit; not so small that it would
+// flush to zero, and -inf times it be NaN.
 float scale_log2(double softmax_scale) {
-    STD_TORCH_CHECK(softmax_scale >= 0, "softmax_scale must not be negative here");
+    STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive");
     return std::max(static_cast<float>(softmax_scale * 1.4426950408889634), FLT_MIN);
 }
 
@@ -162,10 +162,6 @@ void plan(
     const int64_t cells = static_cast<int64_t>(g.num_heads) * g.num_blocks, parts = (counts.numel() - 1) / cells;
     STD_TORCH_CHECK(parts >= 1 && cells * parts + 1 <= INT32_MAX, "counts has the wrong size");
     check_buffer(counts, "counts", ScalarType::Int, {cells * parts + 1});
-    // A warp owns 1 / 8 of a part and counts it in 16 bits.
-    const int64_t queries_a_part = (g.num_queries + parts - 1) / parts;
-    STD_TORCH_CHECK((queries_a_part + 7) / 8 * g.topk <= 65535, "counts has too few parts for so many edges");
-
     const DeviceGuard guard(topk_idx.get_device());
     PlanParams p = {};
     p.geometry = g;
@@ -300,7 +296,7 @@ void backward_main(
     const cudaStream_t stream = current_stream(q);
     dispatch_dtype(is_bf16(q), [&](auto t) {
         dispatch_head_dim(g.head_dim, [&](auto head_dim) {
-            dispatch_backward_tile_k(g.block_size / g.subs, [&](auto tile_k) {
+            dispatch_backward_tile_k<head_dim>(g.block_size / g.subs, [&](auto tile_k) {
                 launch_backward_main<decltype(t), head_dim, tile_k>(p, stream);
             });
         });

@@ -13,7 +13,7 @@ namespace fsa {
 // Swizzle: chunk c of row r stands at chunk c ^ pattern(r), so that neither eight rows read at one chunk (ldmatrix)
 // nor two neighbouring rows read at four chunks (a quarter-warp's 16-byte loads) meet in a bank.
 //
-//   row bytes % 128 == 0: pattern(r) = (r & 1) * 4 + (r >> 1 & 3)   all rows start at bank 0: 3 bits of r choose the chunk
+//   row bytes % 128 == 0: pattern(r) = (r & 1) * 4 + (r >> 1 & 3)   rows start at bank 0: 3 bits choose the chunk
 //   row bytes % 128 == 64: pattern(r) = r >> 1 & 3                  odd rows start at bank 16: 2 bits are enough
 //
 // Both patterns repeat every 8 rows and touch only the low 3 bits of the chunk, hence for every row and chunk:

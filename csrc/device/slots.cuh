@@ -18,18 +18,18 @@ struct SlotRow {
     int64_t partial_row;       // of slot 0, sub-block 0, in [num_heads, num_queries, topk, subs, group_size]
 };
 
-__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, const int32_t* topk_idx, int64_t row) {
+__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, const int32_t* topk_idx, int row) {
     SlotRow r;
-    const int64_t head_and_query = row / g.group_size;
-    r.group_head = static_cast<int>(row - head_and_query * g.group_size);
-    r.head = static_cast<int>(head_and_query / g.num_queries);
-    r.query = static_cast<int>(head_and_query - static_cast<int64_t>(r.head) * g.num_queries);
+    const int head_and_query = g.by_group_size.quotient(row);
+    r.group_head = row - head_and_query * g.group_size;
+    r.head = head_and_query / g.num_queries;
+    r.query = head_and_query - r.head * g.num_queries;
     const int token = g.query_begin + r.query;
     const int sequence = sequence_of_query(g.sequences, token);
     r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
     r.first_block = first_block(g.sequences, sequence, g.block_size);
     r.block_ids = topk_idx + (static_cast<int64_t>(g.head_begin + r.head) * g.sequences.total_q + token) * g.topk;
-    r.partial_row = head_and_query * g.topk * g.subs * g.group_size + r.group_head;
+    r.partial_row = static_cast<int64_t>(head_and_query) * g.topk * g.subs * g.group_size + r.group_head;
     return r;
 }
 

@@ -24,18 +24,18 @@ struct WorkItem {
     int visible_end;  // the sequence's last key, counted from first_key
 };
 
-// num_keys <= 0 when there is nothing to do: the row is unused, or the sub-block lies behind the end of its sequence.
+// num_keys <= 0 when there is nothing to do: the entry is unused, or the sub-block lies behind the end of its sequence.
 __device__ __forceinline__ void load_work_item(
     WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
-    const int row = g.subs == 1 ? index : index / g.subs;
-    const int4 entry = __ldg(plan.work_items + row);
+    const int entry_index = g.subs == 1 ? index : index / g.subs;
+    const int4 entry = __ldg(plan.work_items + entry_index);
     item = {};
     item.index = index;
     if (entry.x < 0) return;
     item.cell = entry.x;
     item.head = entry.x / g.num_blocks;
     item.kv_head = g.head_begin + item.head;
-    item.sub = index - row * g.subs;
+    item.sub = index - entry_index * g.subs;
     item.edge_begin = entry.y;
     item.num_edges = entry.z - entry.y;
     item.num_rows = item.num_edges * g.group_size;

@@ -1,4 +1,4 @@
-// The forward main kernel on warp-level MMA. One source serves sm80 and sm90.
+// The forward main kernel on warp-level MMA. One source serves every GPU from sm_80 on.
 //
 // A CTA keeps K and V of a sub-block in shared memory; each of its warps takes tiles of query rows on its own, with
 // no barrier in the loop. Neither Q nor O passes through shared memory: query rows go from global memory straight
@@ -6,6 +6,8 @@
 // accumulators are 8 neighbouring columns, one 16-byte store. The next tile's rows are requested as soon as the
 // scores of this one have used up the fragments.
 #pragma once
+
+#include <type_traits>
 
 #include "device/convert.cuh"
 #include "device/layout.h"
@@ -210,9 +212,7 @@ __device__ __forceinline__ int value_exponent(uint32_t packed_max) {
     const float largest = fmaxf(m.x, m.y);
     if (largest == 0.f) return 0;
     const int exponent = ilogbf(largest) - 14;
-    return sizeof(T) == 2 && HalfType<T>::kInfinityBits == HalfType<__half>::kInfinityBits
-               ? max(exponent, 0)
-               : min(max(exponent, -100), 120);
+    return std::is_same_v<T, __half> ? max(exponent, 0) : min(max(exponent, -100), 120);
 }
 
 // K and V of the sub-block, and what their values ask of the output. All threads of the CTA take part.
@@ -254,13 +254,13 @@ __device__ __forceinline__ void restore_nonfinite_values(
     for (int i = 0; i < kLaneRows<Traits>; ++i) {
         const int partial_row = __shfl_sync(~0u, row.partial_row, 8 * i + lane / 4);
         const int last = min(__shfl_sync(~0u, row.last_visible, 8 * i + lane / 4), item.num_keys - 1);
-        if (partial_row < 0) continue;
 #pragma unroll 1
-        for (int column = 8 * (lane % 4); column < head_dim; column += 32) {
+        for (int column = 8 * (lane % 4); partial_row >= 0 && column < head_dim; column += 32) {
             add_nonfinite_keys(
                 values + column, p.v.token_stride, last,
                 o_partial + static_cast<int64_t>(partial_row) * head_dim + column);
         }
+        __syncwarp();
     }
 }
 

@@ -25,7 +25,8 @@ struct ForwardMainTraits {
 
     static_assert(kHeadDim % 32 == 0, "columns are interleaved in groups of 32");
     static_assert(kTileK % 16 == 0, "P V consumes 16 keys a step");
-    static_assert(kSharedBytes <= 99 * 1024, "fits every sm80 and sm90 device");
+    static_assert(
+        kSharedBytes <= 99 * 1024, "fits a CTA of every GPU from sm_80 on; sm_86, sm_89 and sm_120 have the least");
 };
 
 }  // namespace fsa

@@ -10,6 +10,8 @@ namespace fsa {
 namespace {
 
 constexpr int kThreads = 256;
+// Sums of 512 slots of 8 sub-blocks exceed their largest value by at most 2^12: they are made that much smaller.
+constexpr int kHeadroom = 12;
 
 template <int kLanes>
 __device__ __forceinline__ float group_max(float x) {
@@ -30,8 +32,8 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p) {
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % kLanes, num_partials = g.topk * g.subs;
-    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
-    const int64_t own_row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+    const int num_rows = g.num_heads * g.num_queries * g.group_size;
+    const int own_row = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
     const SlotRow row = load_slot_row(g, p.topk_idx, min(own_row, num_rows - 1));
     const int column = 8 * lane;
     const bool chunk_exists = column < g.head_dim;
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p
             weight = exp2_approx(lse_of(partial) - shift);
             sum += weight;
             const int64_t cell = static_cast<int64_t>(row.head) * g.num_blocks + partial.block;
-            weight = ldexpf(weight, __ldg(p.value_exponent + cell * g.subs + partial.sub));
+            weight = ldexpf(weight, __ldg(p.value_exponent + cell * g.subs + partial.sub) - kHeadroom);
         }
         const __half* chunk =
             p.o_partial + (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p
     sum = group_sum<kLanes>(sum);
 
     if (own_row >= num_rows) return;
-    const float scale = reciprocal_or_zero(sum);
+    const float scale = ldexpf(reciprocal_or_zero(sum), kHeadroom);
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] *= scale;
     const int64_t token = g.query_begin + row.query;
@@ -78,12 +80,11 @@ __global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p
 template <typename T>
 void launch_forward_reduce(const ForwardReduceParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
-    const int64_t num_rows = static_cast<int64_t>(g.num_heads) * g.num_queries * g.group_size;
+    const int num_rows = g.num_heads * g.num_queries * g.group_size;
     dispatch_row_lanes(g.head_dim, [&](auto lanes) {
         constexpr int kLanes = decltype(lanes)::value;
-        const int64_t ctas = (num_rows + kThreads / kLanes - 1) / (kThreads / kLanes);
-        launch(
-            "forward_reduce", forward_reduce<T, kLanes>, {dim3(static_cast<unsigned>(ctas)), kThreads, 0}, p, stream);
+        const int ctas = (num_rows - 1) / (kThreads / kLanes) + 1;
+        launch("forward_reduce", forward_reduce<T, kLanes>, {dim3(ctas), kThreads, 0}, p, stream);
     });
 }
 

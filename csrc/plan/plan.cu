@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Cells that a CTA counts in shared memory: 8 warps x 4096 x 2 bytes + 4096 x 4 bytes = 80 KB, two CTAs an SM. Longer
-// sequences (262,144 tokens in blocks of 64) are counted window by window.
-constexpr int kWindow = 4096;
+// Cells that a CTA counts in shared memory: 8 warps x 2048 x 4 bytes = 64 KB. Longer sequences (131,072 tokens in
+// blocks of 64) are counted window by window.
+constexpr int kWindow = 2048;
 constexpr int kInFlight = 4;  // steps of 32 edges whose block ids are loaded ahead of their use
 
 // The query tokens [begin, end) of a run, relative to the chunk.
@@ -72,25 +72,14 @@ __global__ void __launch_bounds__(kThreads) plan_count(PlanParams p) {
     }
 }
 
-// Cursors of a warp, 16 bits a cell: a warp's run holds at most 65,535 edges.
-__device__ __forceinline__ void count_edge(uint32_t* cursors, int cell) {
-    atomicAdd(&cursors[cell >> 1], 1u << ((cell & 1) * 16));
-}
-
 __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
-    // [window]: where this part begins in csr_edges; then [kWarps][window]: 16-bit cursors
-    int* bases = static_cast<int*>(dynamic_shared_memory());
+    int* all_cursors = static_cast<int*>(dynamic_shared_memory());  // [kWarps][window]: where a warp writes next
     const Geometry& g = p.geometry;
     const int part = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int window_begin = blockIdx.z * kWindow, window = min(kWindow, g.num_blocks - window_begin);
-    const int cursor_words = (window + 1) / 2;
-    uint32_t* all_cursors = reinterpret_cast<uint32_t*>(bases + window);
-    uint32_t* own_words = all_cursors + warp * cursor_words;
-    uint16_t* own_cursors = reinterpret_cast<uint16_t*>(own_words);
+    int* cursors = all_cursors + warp * window;
 
-    for (int i = threadIdx.x; i < window; i += kThreads)
-        bases[i] = p.counts[count_index(p, head, window_begin + i, part)];
-    for (int i = threadIdx.x; i < kWarps * cursor_words; i += kThreads) all_cursors[i] = 0;
+    for (int i = threadIdx.x; i < kWarps * window; i += kThreads) all_cursors[i] = 0;
     __syncthreads();
 
     const QueryRange queries = split(split({0, g.num_queries}, p.parts, part), kWarps, warp);
@@ -102,17 +91,17 @@ __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
 
     for (int edge = queries.begin * g.topk + lane; edge < edge_end; edge += 32) {
         const int cell = load_cell(edge);
-        if (cell >= 0) count_edge(own_words, cell);
+        if (cell >= 0) atomicAdd(&cursors[cell], 1);
     }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < window; i += kThreads) {  // each warp starts where the warps before it end
-        int sum = 0;
+    for (int i = threadIdx.x; i < window;
+         i += kThreads) {  // counts to cursors: a warp starts where the one before ends
+        int next = p.counts[count_index(p, head, window_begin + i, part)];
         for (int w = 0; w < kWarps; ++w) {
-            uint16_t* cursor = reinterpret_cast<uint16_t*>(all_cursors + w * cursor_words) + i;
-            const int count = *cursor;
-            *cursor = static_cast<uint16_t>(sum);
-            sum += count;
+            const int count = all_cursors[w * window + i];
+            all_cursors[w * window + i] = next;
+            next += count;
         }
     }
     __syncthreads();
@@ -126,39 +115,41 @@ __global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
             const int cell = cells[i];
             const unsigned peers = __match_any_sync(~0u, cell);
             const int rank = __popc(peers & ((1u << lane) - 1));
-            const int cursor = cell >= 0 ? own_cursors[cell] : 0;
-            if (cell >= 0) p.csr_edges[bases[cell] + cursor + rank] = first + i * 32 + lane;
+            const int cursor = cell >= 0 ? cursors[cell] : 0;
+            if (cell >= 0) p.csr_edges[cursor + rank] = first + i * 32 + lane;
             __syncwarp();
-            if (cell >= 0 && rank == 0) own_cursors[cell] = static_cast<uint16_t>(cursor + __popc(peers));
+            if (cell >= 0 && rank == 0) cursors[cell] = cursor + __popc(peers);
             __syncwarp();
         }
     }
 }
 
-// Work item i of cell c stands at row csr_offsets[c] / edges_per_item + c + i. A cell of n edges has ceil(n /
-// edges_per_item) items and the rows up to the next cell's first are at least as many, so rows need no prefix sum;
-// those left over are marked unused.
+// Work item i of cell c is entry csr_offsets[c] / edges_per_item + c + i of the list. A cell of n edges has
+// ceil(n / edges_per_item) items and the entries up to the next cell's first are at least as many, so entries need no
+// prefix sum; those left over are marked unused. A warp a cell: a block that everyone selects has thousands of items.
 __global__ void __launch_bounds__(kThreads) plan_work_items(PlanParams p) {
     const Geometry& g = p.geometry;
-    const int num_cells = g.num_heads * g.num_blocks;
-    const int thread = blockIdx.x * kThreads + threadIdx.x;
+    const int num_cells = g.num_heads * g.num_blocks, num_threads = gridDim.x * kThreads;
+    const int thread = blockIdx.x * kThreads + threadIdx.x, lane = thread % 32;
     const int num_edges = p.counts[static_cast<int64_t>(num_cells) * p.parts];
 
-    for (int cell = thread; cell < num_cells; cell += gridDim.x * kThreads) {
+    for (int cell = thread / 32; cell < num_cells; cell += num_threads / 32) {
         const int begin = p.counts[static_cast<int64_t>(cell) * p.parts];
         const int end = p.counts[static_cast<int64_t>(cell + 1) * p.parts];
         const int sequence = sequence_of_block(g.sequences, cell % g.num_blocks, g.block_size);
-        p.csr_offsets[cell] = begin;
-        const int first_row = begin / p.edges_per_item + cell, next_row = end / p.edges_per_item + cell + 1;
-        for (int row = first_row, edge = begin; row < next_row; ++row, edge += p.edges_per_item) {
-            const bool used = edge < end;
-            p.work_items[row] =
-                used ? make_int4(cell, edge, min(edge + p.edges_per_item, end), sequence) : make_int4(-1, 0, 0, 0);
+        if (lane == 0) p.csr_offsets[cell] = begin;
+        const int first_entry = begin / p.edges_per_item + cell,
+                  num_entries = end / p.edges_per_item + cell + 1 - first_entry;
+        for (int i = lane; i < num_entries; i += 32) {
+            const int edge = begin + i * p.edges_per_item;
+            p.work_items[first_entry + i] = edge < end
+                                                ? make_int4(cell, edge, min(edge + p.edges_per_item, end), sequence)
+                                                : make_int4(-1, 0, 0, 0);
         }
     }
     if (thread == 0) p.csr_offsets[num_cells] = num_edges;
-    for (int row = num_edges / p.edges_per_item + num_cells + thread; row < p.max_items; row += gridDim.x * kThreads) {
-        p.work_items[row] = make_int4(-1, 0, 0, 0);
+    for (int entry = num_edges / p.edges_per_item + num_cells + thread; entry < p.max_items; entry += num_threads) {
+        p.work_items[entry] = make_int4(-1, 0, 0, 0);
     }
 }
 
@@ -186,11 +177,10 @@ void launch_plan(const PlanParams& p, cudaStream_t stream) {
         "plan_scan");
 
     const int num_cells = g.num_heads * g.num_blocks;
-    const int item_ctas = min((max(num_cells, 1) + kThreads - 1) / kThreads, 4 * sm_count());
+    const int item_ctas = min((num_cells + kWarps - 1) / kWarps, 4 * sm_count());
     launch("plan_work_items", plan_work_items, {dim3(item_ctas), kThreads, 0}, p, stream);
 
-    const int window = min(kWindow, g.num_blocks);
-    const int fill_bytes = (window + kWarps * ((window + 1) / 2)) * 4;
+    const int fill_bytes = kWarps * min(kWindow, g.num_blocks) * static_cast<int>(sizeof(int));
     launch("plan_fill", plan_fill, {grid, kThreads, fill_bytes}, p, stream);
 }
 

@@ -51,9 +51,11 @@ int kernel_forward_tile_k(int head_dim, int tile_k) {
     return built;
 }
 
-int kernel_backward_tile_k(int tile_k) {
+int kernel_backward_tile_k(int head_dim, int tile_k) {
     int built = 0;
-    fsa::dispatch_backward_tile_k(tile_k, [&](auto constant) { built = constant; });
+    fsa::dispatch_head_dim(head_dim, [&](auto width) {
+        fsa::dispatch_backward_tile_k<decltype(width)::value>(tile_k, [&](auto constant) { built = constant; });
+    });
     return built;
 }
 
