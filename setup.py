@@ -104,12 +104,9 @@ def site_folders() -> Iterator[Path]:
 
 
 def find_tool(name: str, folder_attribute: str) -> str:
-    """cmake or ninja: from PATH, or of the package of that name, whose scripts are not on PATH unless its venv is."""
-    if importlib.util.find_spec(name):
-        tool = Path(getattr(importlib.import_module(name), folder_attribute, ""), name)
-        if tool.is_file():
-            return str(tool)
-    found = shutil.which(name)
+    """cmake or ninja: of the package of that name, whose scripts are not on PATH unless its venv is, or from PATH."""
+    packaged = getattr(importlib.import_module(name), folder_attribute, "") if importlib.util.find_spec(name) else ""
+    found = shutil.which(name, path=packaged + os.pathsep + os.environ.get("PATH", ""))
     if found is None:
         raise SystemExit(f"{name} is needed to build the CUDA extension: pip install {name}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def _build(target: str) -> Path:
         f"-DFSA_TORCH_DIR={Path(torch.__file__).parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja",
+        f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=ninja.BIN_DIR + os.pathsep + os.environ['PATH'])}",
     ]
     for command in (
         [*cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options],
