@@ -52,11 +52,22 @@ __device__ __forceinline__ int sequence_of_block(const Sequences& s, int block, 
     return last_not_after(s.batch, block, [&](int i) { return first_block(s, i, block_size); });
 }
 
-// The last key, counted from the start of its sequence, that a query token sees; negative when it sees none.
+// A query token of a sequence sees its keys up to min(query + offset, end), counted from the start of the sequence.
+struct VisibleKeys {
+    int offset, end;
+};
+
+__device__ __forceinline__ VisibleKeys visible_keys(const SequenceBounds& b, bool causal) {
+    const int end = b.num_keys - 1;
+    // Without causality any offset from `end` up says "all".
+    return {causal ? b.num_keys - b.num_queries - b.query_begin : end, end};
+}
+
+// The last key that a query token sees; negative when it sees none, or is not of this sequence.
 __device__ __forceinline__ int last_visible_key(const SequenceBounds& b, int query, bool causal) {
-    const int position = query - b.query_begin;
-    if (position < 0 || position >= b.num_queries) return -1;
-    return causal ? min(position + b.num_keys - b.num_queries, b.num_keys - 1) : b.num_keys - 1;
+    if (query < b.query_begin || query - b.query_begin >= b.num_queries) return -1;
+    const VisibleKeys visible = visible_keys(b, causal);
+    return min(query + visible.offset, visible.end);
 }
 
 // Whether a slot with this block id, or its sub-block that starts `key_offset` keys into the block, holds a visible

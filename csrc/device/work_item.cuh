@@ -15,13 +15,12 @@ struct WorkItem {
     int sub;      // sub-block of the block
     int edge_begin;
     int num_edges;
-    int num_rows;   // num_edges * group_size; row r is head r % group_size of edge r / group_size
-    int first_key;  // of the sub-block, counted from the start of its sequence
-    int num_keys;   // keys of the sub-block inside the sequence, > 0
-    int key_token;  // first_key as a row of k and v
-    // query + visible_offset is the last key a query sees, counted from first_key, if the sequence has it
-    int visible_offset;
-    int visible_end;  // the sequence's last key, counted from first_key
+    int num_rows;        // num_edges * group_size; row r is head r % group_size of edge r / group_size
+    int first_key;       // of the sub-block, counted from the start of its sequence
+    int num_keys;        // keys of the sub-block inside the sequence, > 0
+    int key_token;       // first_key as a row of k and v
+    int visible_offset;  // VisibleKeys, counted from first_key
+    int visible_end;
 };
 
 // num_keys <= 0 when there is nothing to do: the entry is unused, or the sub-block lies behind the end of its sequence.
@@ -44,9 +43,9 @@ __device__ __forceinline__ void load_work_item(
     item.first_key = block_id * g.block_size + item.sub * tile_k;
     item.num_keys = min(bounds.num_keys - item.first_key, tile_k);
     item.key_token = bounds.key_begin + item.first_key;
-    item.visible_end = bounds.num_keys - 1 - item.first_key;
-    // last_visible_key() for a query of this sequence; without causality any offset from visible_end up says "all"
-    item.visible_offset = g.causal ? item.visible_end + 1 - bounds.num_queries - bounds.query_begin : item.visible_end;
+    const VisibleKeys visible = visible_keys(bounds, g.causal);
+    item.visible_offset = visible.offset - item.first_key;
+    item.visible_end = visible.end - item.first_key;
 }
 
 // Work item `index`, put into shared memory for the whole CTA: the inner loops need their registers for other things.
