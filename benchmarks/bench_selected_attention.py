@@ -1,6 +1,6 @@
 """Times selected attention, forward and backward: CUDA, Triton, dense causal attention of cuDNN, and the bound.
 
-    python -m benchmarks.bench_selected_attention                      # about four minutes on an H200
+    python -m benchmarks.bench_selected_attention                      # some minutes; a time budget a row
     python -m benchmarks.bench_selected_attention --shapes quick       # within one
     python -m benchmarks.bench_selected_attention --plot-only FILE     # draw a result file again, without a GPU
 
