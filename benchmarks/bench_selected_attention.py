@@ -1,7 +1,7 @@
 """Times selected attention, forward and backward: CUDA, Triton, dense causal attention of cuDNN, and the bound.
 
     python -m benchmarks.bench_selected_attention                      # some minutes; a time budget a row
-    python -m benchmarks.bench_selected_attention --shapes quick       # within one
+    python -m benchmarks.bench_selected_attention --shapes quick       # fewer shapes
     python -m benchmarks.bench_selected_attention --plot-only FILE     # draw a result file again, without a GPU
 
 The total of a pass is everything that a call does, the plan included; with --stages each stage is a row besides.
