@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -58,6 +59,27 @@ void dispatch_backward_tile_k(int tile_k, F&& f) {
         if (tile_k == 64) return f(Constant<64>());
     }
     no_instantiation("backward tile_k", tile_k);
+}
+
+// Whether the backward has a kernel for sm_90a at this width and tile: wider rows and narrower tiles do not fit wgmma's
+// 64 rows and one warpgroup's registers. The forward has one for every width and tile.
+constexpr bool has_backward_sm90(int head_dim, int tile_k) {
+    return head_dim <= 128 && tile_k == 64;
+}
+
+// arch: the newest GPU architecture whose kernels may run, 80 or 90. Calls sm90() when it is 90 and there is such a
+// kernel, else sm80().
+template <bool kHasSm90, typename Sm80, typename Sm90>
+void dispatch_arch(int64_t arch, Sm80&& sm80, Sm90&& sm90) {
+    if (arch != 80 && arch != 90) no_instantiation("arch", static_cast<int>(arch));
+    if (arch == 90) {
+#ifdef FSA_SM90
+        if constexpr (kHasSm90) return sm90();
+#else
+        throw std::runtime_error("fsa: this build has no kernels for arch = 90");
+#endif
+    }
+    sm80();
 }
 
 // Calls f(Constant<n>()) with the number of lanes, a power of two, that cover a row by 8 elements each.

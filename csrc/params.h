@@ -32,8 +32,10 @@ struct Geometry {
     int subs;        // sub-blocks of tile_k keys a block
     int num_blocks;  // upper bound on the KV blocks of all sequences: total_k / block_size + batch
     bool causal;
+    FastDivider by_num_queries;
     FastDivider by_group_size;
     FastDivider by_topk;
+    FastDivider by_subs;
 };
 
 // [tokens, heads, head_dim] with unit stride along head_dim; rows are 16-byte aligned.
@@ -43,12 +45,14 @@ struct RowTensor {
     int64_t head_stride;
 };
 
-// The plan: edges (query token, slot) in CSR by cell. A cell is a (KV head of the chunk, KV block); an edge is
-// (query - query_begin) * topk + slot.
+// The plan: edges (query token, slot) in CSR by cell. A cell is a (KV head of the chunk, query range, KV block), in this
+// order; an edge is (query - query_begin) * topk + slot.
 struct PlanView {
-    const int32_t* csr_offsets;  // [num_heads * num_blocks + 1]
+    const int32_t* csr_offsets;  // [num_heads * num_ranges * num_blocks + 1]
     const int32_t* csr_edges;    // [num_heads * num_queries * topk], ascending within a cell
-    const int4* work_items;      // [max_items]: cell (-1: unused entry), edge begin, edge end, sequence
+    // [max_items]: head * num_blocks + block, whatever the range (-1: unused entry); edge begin; edge end; sequence
+    const int4* work_items;
+    int32_t* next_item;  // [1], 0 when main starts, once a plan: for mains that fetch items as they go
     int max_items;
     int edges_per_item;
 };
@@ -56,13 +60,16 @@ struct PlanView {
 struct PlanParams {
     Geometry geometry;
     const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
-    int parts;                // runs of query tokens a head is counted in
-    int32_t* counts;     // [num_heads * num_blocks * parts + 1], scratch: edges by cell and part, then their prefix sum
-    void* scan_scratch;  // [scan_scratch_bytes], scratch of the prefix sum
-    size_t scan_scratch_bytes;
+    int num_ranges;           // runs of query tokens whose cells stand together
+    int parts;                // runs of query tokens a range is counted in
+    // Scratch. [num_heads, num_ranges, parts, num_blocks]: edges of a cell in this part, then in the parts before it.
+    int32_t* counts;
+    int32_t* cell_edges;   // [num_heads, num_ranges, num_blocks], scratch
+    int32_t* group_edges;  // [num_heads, num_ranges, ceil(num_blocks / kPlanGroup)], scratch: sums of cell_edges
     int32_t* csr_offsets;  // as in PlanView
     int32_t* csr_edges;
     int4* work_items;
+    int32_t* next_item;
     int max_items;
     int edges_per_item;
 };

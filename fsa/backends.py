@@ -63,6 +63,44 @@ def _load_extension() -> str:
 _extension_missing = _load_extension()
 
 
+def _kernel_arch_from_environment() -> int | None:
+    text = os.environ.get("FSA_KERNEL_ARCH")
+    if text is not None and text not in ("80", "90"):
+        raise ValueError(f"FSA_KERNEL_ARCH must be 80 or 90, got {text!r}; unset it for the newest that runs")
+    return int(text) if text else None
+
+
+_newest_kernel_arch = _kernel_arch_from_environment()
+
+
+def set_kernel_arch(arch: int | None) -> None:
+    """Caps the architecture whose CUDA kernels run: 80 chooses those of sm_80 on a Hopper GPU too; None lifts the cap.
+
+    For comparisons and tests; results agree within rounding. FSA_KERNEL_ARCH sets it at import.
+
+    Raises:
+        ValueError: arch is neither 80, 90 nor None.
+    """
+    if arch not in (80, 90, None):
+        raise ValueError(f"arch must be 80, 90 or None, got {arch!r}; pass None for the newest that runs")
+    global _newest_kernel_arch
+    _newest_kernel_arch = arch
+
+
+def kernel_arch(device: torch.device) -> int:
+    """The architecture whose kernels the CUDA backend runs on the device: 90 for Hopper, if built for it, else 80."""
+    newest = _device_kernel_arch(device)
+    return newest if _newest_kernel_arch is None else min(newest, _newest_kernel_arch)
+
+
+@functools.cache
+def _device_kernel_arch(device: torch.device) -> int:
+    if cuda_emulated():
+        return 90
+    built = "90a" in _build_info().get("CUDA_ARCHS", "")
+    return 90 if built and torch.cuda.get_device_capability(device) == (9, 0) else 80
+
+
 def cuda_emulated() -> bool:
     """Whether the CUDA backend's kernels are those of the emulator, for CPU tensors. Decided at import."""
     return bool(os.environ.get("FSA_EMULATOR"))

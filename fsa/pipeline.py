@@ -95,7 +95,7 @@ def _forward_chunk(
 ) -> None:
     per_item = workspace.edges_per_item(sizes, "forward", chunk.num_heads, chunk.num_queries, limit)
     specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
-    plan = stages.plan(problem, chunk, per_item)
+    plan = stages.plan(problem, chunk, per_item, workspace.query_ranges(sizes, "forward", chunk.num_queries))
     buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
     stages.forward_main(problem, chunk, plan, **buffers)
     stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse)

@@ -116,12 +116,15 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The chunk's selection, inverted: which edges (query, slot) each cell (KV head, KV block) serves.
+    """The chunk's selection, inverted: which edges (query, slot) each cell (KV head, query range, KV block) serves.
 
-    edge = (query - query_begin) * topk + slot, inside one head; cell = (head - head_begin) * num_blocks + global block.
+    edge = (query - query_begin) * topk + slot, inside one head. Range r of R has the queries that start
+    r * ceil(num_queries / R) after query_begin; cell = ((head - head_begin) * R + range) * num_blocks + global block.
+    Work items name their head and block as (head - head_begin) * num_blocks + global block, whatever the range.
     """
 
-    csr_offsets: Tensor  # [num_heads * num_blocks + 1], int32, exclusive prefix sum of edges per cell
+    csr_offsets: Tensor  # [num_heads * R * num_blocks + 1], int32, exclusive prefix sum of edges per cell
     csr_edges: Tensor  # [num_heads * num_queries * topk], int32, sorted by cell, then ascending; tail unwritten
-    work_items: Tensor  # [max_items, 4], int32: (cell, edge_begin, edge_end, sequence); unused rows have cell = -1
+    work_items: Tensor  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence); -1: unused row
+    next_item: Tensor  # [1], int32, zero: a main stage that fetches its items as it goes counts them here, once a plan
     edges_per_item: int

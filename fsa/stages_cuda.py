@@ -8,21 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import kernel_arch
 from .problem import Chunk, Plan, Problem
-from .tiling import plan_parts
+from .tiling import plan_parts, plan_scratch
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
-_PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int edges_per_item"
+_PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor(n!) next_item, int edges_per_item"
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _library.define(
-    f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, "
-    "Tensor(a!) csr_offsets, Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) counts) -> ()"
+    f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
+    ", Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) next_item, Tensor(e!) scratch) -> ()"
 )
 _library.define(
     f"_forward_main(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_PLAN}, "
-    "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) value_exponent) -> ()"
+    "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) value_exponent, int arch) -> ()"
 )
 _library.define(
     f"_forward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor o_partial, Tensor lse_partial, "
@@ -32,7 +33,7 @@ _library.define("_backward_preprocess(Tensor out, Tensor dout, Tensor? dlse, Ten
 _library.define(
     f"_backward_main(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_PLAN}, Tensor dout, "
     "Tensor lse, Tensor delta, Tensor(a!) dq_partial, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dkv_pieces, "
-    "bool accumulate) -> ()"
+    "bool accumulate, int arch) -> ()"
 )
 _library.define(
     f"_backward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor csr_offsets, int edges_per_item, "
@@ -59,32 +60,36 @@ def _chunk(problem: Problem, chunk: Chunk) -> _ChunkArguments:
     )
 
 
-def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, int]:
-    return plan.csr_offsets, plan.csr_edges, plan.work_items, plan.edges_per_item
+def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return plan.csr_offsets, plan.csr_edges, plan.work_items, plan.next_item, plan.edges_per_item
 
 
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
-    """Invert the chunk's selection into CSR by (KV head, KV block) and cut it into work items."""
+def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
+    """Invert the chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items."""
     num_edges = chunk.num_heads * chunk.num_queries * problem.topk
-    num_cells = chunk.num_heads * problem.num_blocks
-    parts = plan_parts(chunk.num_heads, chunk.num_queries)
+    num_cells = chunk.num_heads * num_ranges * problem.num_blocks
+    parts = plan_parts(chunk.num_heads, chunk.num_queries, num_ranges)
     empty = problem.topk_idx.new_empty
     result = Plan(
         csr_offsets=empty(num_cells + 1),
         csr_edges=empty(num_edges),
         work_items=empty((num_edges // edges_per_item + num_cells, 4)),
+        next_item=empty(1),
         edges_per_item=edges_per_item,
     )
-    counts = empty(num_cells * parts + 1)
+    scratch = empty(plan_scratch(chunk.num_heads, num_ranges, parts, problem.num_blocks))
     _ops._plan(
         *_selection(problem),
         *_chunk(problem, chunk),
         problem.total_k,
         edges_per_item,
+        num_ranges,
+        parts,
         result.csr_offsets,
         result.csr_edges,
         result.work_items,
-        counts,
+        result.next_item,
+        scratch,
     )
     return result
 
@@ -104,6 +109,7 @@ def forward_main(
         o_partial,
         lse_partial,
         value_exponent,
+        kernel_arch(problem.q.device),
     )
 
 
@@ -164,6 +170,7 @@ def backward_main(
         dv,
         dkv_pieces,
         accumulate,
+        kernel_arch(problem.q.device),
     )
 
 

@@ -9,6 +9,10 @@ import torch
 # Without a GPU (the interpreter) the number only sets how finely work is cut.
 _CPU_NUM_SMS = 8
 
+# The L2 of an H100 has 50 MB in two halves, and an SM finds in its own half what it reads often: about 25 MB, of which
+# the partials on their way to memory need some.
+_QUERY_BYTES_IN_L2 = 16 << 20
+
 
 def ceil_div(a: int, b: int) -> int:
     """Quotient rounded up."""
@@ -47,12 +51,28 @@ def backward_edges_per_item(num_edges: int, num_sms: int, max_pieces: int | None
     return max(64, round_up(edges, 64))
 
 
-def plan_parts(num_heads: int, num_queries: int) -> int:
-    """Parts into which the plan cuts the queries of a head, to count and fill them in parallel.
+def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks: int, edges_per_item: int) -> int:
+    """Ranges into which the forward cuts the queries of a chunk; its work items go through them one by one.
 
-    Enough parts for two CTAs on each of 132 SMs; a part has at least 64 queries.
+    Items of all blocks gather query rows (`row_bytes` a token: of one KV head's group) from all over a range, again and
+    again, and should find them in L2. More ranges make smaller cells: their edges stay half an item on average.
     """
-    return max(1, min(ceil_div(num_queries, 64), ceil_div(264, num_heads)))
+    queries_in_l2 = max(1, _QUERY_BYTES_IN_L2 // row_bytes)
+    most = 2 * num_queries * topk // (num_blocks * edges_per_item)
+    return max(1, min(ceil_div(num_queries, queries_in_l2), most))
+
+
+def plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> int:
+    """Parts into which the plan cuts the queries of a range, to count and fill them in parallel.
+
+    Enough parts for two CTAs on each of 132 SMs; a part has at least 64 queries where possible.
+    """
+    return max(1, min(ceil_div(num_queries, 64 * num_ranges), ceil_div(264, num_heads * num_ranges)))
+
+
+def plan_scratch(num_heads: int, num_ranges: int, parts: int, num_blocks: int) -> int:
+    """Numbers that making a plan needs for a moment: edges of each (cell, part), each cell, and each 32 cells."""
+    return num_heads * num_ranges * (num_blocks * (parts + 1) + ceil_div(num_blocks, 32))
 
 
 def num_sms(device: torch.device) -> int:

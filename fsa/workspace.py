@@ -27,9 +27,11 @@ from .tiling import (
     backward_tile_k,
     ceil_div,
     forward_edges_per_item,
+    forward_query_ranges,
     forward_tile_k,
     num_sms,
     plan_parts,
+    plan_scratch,
     round_up,
 )
 
@@ -158,24 +160,36 @@ def edges_per_item(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, 
     return backward_edges_per_item(num_edges, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
 
 
-def plan_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
+def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
+    """Query ranges of a chunk's plan: in the backward one, for its pieces are numbered by (KV head, KV block)."""
+    if which == "backward":
+        return 1
+    return forward_query_ranges(
+        num_queries,
+        sizes.group_size * sizes.head_dim * sizes.dtype.itemsize,
+        sizes.topk,
+        sizes.num_blocks,
+        forward_edges_per_item(sizes.group_size),
+    )
+
+
+def plan_buffers(
+    sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int, num_ranges: int
+) -> dict[str, Buffer]:
     """The tensors of a `Plan`."""
     num_edges = num_heads * num_queries * sizes.topk
-    num_cells = num_heads * sizes.num_blocks
+    num_cells = num_heads * num_ranges * sizes.num_blocks
     return {
         "csr_offsets": Buffer((num_cells + 1,), torch.int32),
         "csr_edges": Buffer((num_edges,), torch.int32),
         "work_items": Buffer((num_edges // edges_per_item + num_cells, 4), torch.int32),
+        "next_item": Buffer((1,), torch.int32),
     }
 
 
-def plan_scratch_bytes(num_heads: int, num_queries: int, num_blocks: int) -> int:
-    """Bytes that making a plan needs for a moment: an int32 count per (cell, part), and as much again to scan them."""
-    return 2 * 4 * _plan_counts(num_heads, num_queries, num_blocks)
-
-
-def _plan_counts(num_heads: int, num_queries: int, num_blocks: int) -> int:
-    return num_heads * num_blocks * plan_parts(num_heads, num_queries) + 1
+def plan_scratch_bytes(num_heads: int, num_queries: int, num_blocks: int, num_ranges: int) -> int:
+    """Bytes that making a plan needs for a moment."""
+    return 4 * plan_scratch(num_heads, num_ranges, plan_parts(num_heads, num_queries, num_ranges), num_blocks)
 
 
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -209,12 +223,13 @@ def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_i
 def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
     """Bytes that a chunk of `num_heads` KV heads and `num_queries` tokens allocates (delta, accumulators: apart)."""
     per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
-    buffers = plan_buffers(sizes, num_heads, num_queries, per_item)
+    num_ranges = query_ranges(sizes, which, num_queries)
+    buffers = plan_buffers(sizes, num_heads, num_queries, per_item, num_ranges)
     if which == "forward":
         buffers |= forward_buffers(sizes, num_heads, num_queries)
     else:
         buffers |= backward_buffers(sizes, num_heads, num_queries, per_item)
-    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks)
+    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
     return scratch + sum(buffer.bytes for buffer in buffers.values())
 
 
@@ -275,11 +290,11 @@ def _fits_int32(sizes: Sizes, which: Pass, num_heads: int, num_queries: int) -> 
         else backward_tile_k(sizes.head_dim, sizes.block_size)
     )
     num_edges = num_heads * num_queries * sizes.topk
+    num_ranges = query_ranges(sizes, which, num_queries)
     largest = max(
         2 * num_edges,  # 2 * csr_offsets numbers the pieces
         num_edges * (sizes.block_size // tile_k) * sizes.group_size,  # rows of partials
-        _plan_counts(num_heads, num_queries, sizes.num_blocks),
-        num_edges // 64 + num_heads * sizes.num_blocks,  # work items
+        num_edges // 64 + num_heads * num_ranges * sizes.num_blocks,  # work items
     )
     return largest < _INT32_END
 

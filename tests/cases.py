@@ -134,6 +134,10 @@ def _cases_of_shapes(small: bool) -> list[Case]:
     for block_size in (32, 64, 128, 256):
         lengths = (block_size + 20,) if small else (n, block_size + 20)
         found.append(Case(f"block_size_{block_size}", lengths, head_dim=dim, block_size=block_size, topk=3, **one_head))
+    # The shape that models have, and the largest that kernels with tiles of 64 keys are made for.
+    found.append(
+        Case("model_shape", (150, 3), (150, 30), num_kv_heads=2, group_size=3, head_dim=128, topk=2, block_size=64)
+    )
     for topk, length in ((1, n), (7, n), (16, n), (64, n if small else 2100)):
         found.append(Case(f"topk_{topk}", (length,), head_dim=dim, topk=topk, **one_head))
     if not small:

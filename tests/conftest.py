@@ -36,6 +36,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def kernel_arch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's target says which CUDA kernels run: those of its `arch`, or the newest."""
+    from fsa import backends
+
+    parameters = getattr(request.node, "callspec", None)
+    arch = getattr(parameters.params.get("target"), "arch", None) if parameters else None
+    if arch is None:
+        yield
+        return
+    backends.set_kernel_arch(arch)
+    yield
+    backends.set_kernel_arch(None)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN (and the largest integers): whoever reads what nobody wrote shows it."""

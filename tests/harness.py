@@ -24,13 +24,14 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 @dataclass(frozen=True)
 class Target:
-    """A backend and the dtype of q, k and v."""
+    """A backend, the dtype of q, k and v, and for CUDA the newest architecture whose kernels may run (conftest.py)."""
 
     backend: str
     dtype: torch.dtype
+    arch: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend}-{_NAMES[self.dtype]}"
+        return f"{self.backend}{self.arch or ''}-{_NAMES[self.dtype]}"
 
 
 TARGETS = (
@@ -52,6 +53,8 @@ TARGETS = (
         Target("reference", torch.float64),
     ]
 )
+if backends.status("cuda", DEVICE).usable and backends.kernel_arch(DEVICE) > 80:
+    TARGETS += [Target("cuda", torch.float16, arch=80), Target("cuda", torch.bfloat16, arch=80)]
 # For tests that need not run in every dtype.
 MAIN_TARGETS = [TARGETS[1], TARGETS[3]] if HAS_GPU else [TARGETS[1], TARGETS[2]]
 # For tests that take long on Triton: it compiles, or is interpreted, for seconds.

@@ -87,14 +87,16 @@ def selection(problem: Problem, chunk: Chunk, tile_k: int) -> Selection:
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages
 # ---------------------------------------------------------------------------------------------------------------------
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
+def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
     """Sorts the edges; the tail of csr_edges, which no stage may read, is -1."""
     chosen = selection(problem, chunk, problem.block_size)
-    cells: list[list[int]] = [[] for _ in range(chunk.num_heads * problem.num_blocks)]
+    range_queries = -(-chunk.num_queries // num_ranges)
+    cells: list[list[int]] = [[] for _ in range(chunk.num_heads * num_ranges * problem.num_blocks)]
     for head, blocks in enumerate(chosen.block.flatten(1).tolist()):
         for edge, block in enumerate(blocks):
             if block >= 0:
-                cells[head * problem.num_blocks + block].append(edge)
+                query_range = edge // problem.topk // range_queries
+                cells[(head * num_ranges + query_range) * problem.num_blocks + block].append(edge)
 
     num_edges = chosen.block.numel()
     offsets = torch.tensor([0, *(len(edges) for edges in cells)]).cumsum(0).tolist()
@@ -102,12 +104,14 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
     for cell, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         for item, first in enumerate(range(begin, end, edges_per_item)):
             sequence = int(chosen.sequence[cells[cell][0] // problem.topk])
-            row = [cell, first, min(first + edges_per_item, end), sequence]
+            head, block = cell // (num_ranges * problem.num_blocks), cell % problem.num_blocks
+            row = [head * problem.num_blocks + block, first, min(first + edges_per_item, end), sequence]
             work_items[begin // edges_per_item + cell + item] = torch.tensor(row)
     edges = [edge for cell in cells for edge in cell]
     edges += [-1] * (num_edges - len(edges))
     csr_offsets, csr_edges = (torch.tensor(x, dtype=torch.int32).to(problem.q.device) for x in (offsets, edges))
-    return Plan(csr_offsets, csr_edges, work_items.to(problem.q.device), edges_per_item)
+    next_item = torch.zeros(1, dtype=torch.int32, device=problem.q.device)
+    return Plan(csr_offsets, csr_edges, work_items.to(problem.q.device), next_item, edges_per_item)
 
 
 @dataclass(frozen=True, eq=False)

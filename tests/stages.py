@@ -53,6 +53,7 @@ CASES = (
     Case("full", (1, 30), (70, 33), 1, 1, 64, 7, 64, causal=False),
     Case("sub_blocks", (40,), (300,), 1, 2, 80, 2, 256),
     Case("wide_head", (20,), (140,), 1, 16, 256, 1, 128),
+    Case("many_slots", (25,), (200,), 1, 2, 136, 21, 64),
     Case("popular", (90, 110), (90, 150), 1, 1, 8, 2, 128, popular=True),
     Case("chunk", (50, 60), (50, 75), 3, 2, 16, 16, 32, heads=(1, 3), queries=(37, 90)),
 )

@@ -58,6 +58,66 @@ def test_swizzle_repeats_every_8_rows_and_8_chunks(native: ModuleType, head_dim:
                 assert offset(row, chunk + 8) == offset(row, chunk) + 128
 
 
+def _walk_descriptor(descriptor: int, along_sum: bool, outer: int, k: int) -> int:
+    """Byte address of an element of wgmma's operand, as the PTX ISA has it ("Matrix descriptor", "Strides").
+
+    An operand is `outer` (rows of A, columns of B) by 16 elements of the sum. The swizzle works on patterns of 8 rows
+    of 128 or 64 bytes, which lie along the sum or along `outer`.
+    """
+
+    def field(low: int, high: int) -> int:
+        return descriptor >> low & (1 << (high - low + 1)) - 1
+
+    start, leading, stride = field(0, 13) << 4, field(16, 29) << 4, field(32, 45) << 4
+    assert field(49, 51) == 0, "the base offset of patterns that are not aligned"
+    row_bytes = {1: 128, 2: 64}[field(62, 63)]
+    if along_sum:
+        # A row of the pattern is one `outer`; `stride` leads to the next 8.
+        address = start + outer // 8 * stride + outer % 8 * row_bytes + k * 2
+    else:
+        # A row of the pattern is one k; `stride` leads to the next 8, `leading` to the next row_bytes of `outer`.
+        panel, within = divmod(outer, row_bytes // 2)
+        address = start + panel * leading + k // 8 * stride + k % 8 * row_bytes + within * 2
+    # Address bits 4 .. 6 (4, 5) are exchanged by bits 7 .. 9 (7, 8).
+    return address ^ (address >> 7 & row_bytes // 16 - 1) << 4
+
+
+def test_wgmma_tile_keeps_every_chunk_in_a_place_of_its_own(native: ModuleType) -> None:
+    for tile in native.wgmma_tiles:
+        chunks = [(row, chunk) for row in range(tile.rows) for chunk in range(tile.columns // 8)]
+        assert sorted(tile.offset(*chunk) for chunk in chunks) == list(range(0, tile.bytes, 16))
+
+
+def test_wgmma_tile_has_no_bank_conflicts(native: ModuleType) -> None:
+    for tile in native.wgmma_tiles:
+        for row in range(0, tile.rows, 8):
+            for chunk in range(tile.columns // 8):
+                assert len(_banks([tile.offset(row + i, chunk) for i in range(8)])) == 8
+
+
+def test_wgmma_descriptors_lead_to_the_elements_of_the_tile(native: ModuleType) -> None:
+    for tile in native.wgmma_tiles:
+        for base in (0, 163 * 1024):  # to the end of what a CTA can have
+
+            def place(row: int, column: int, tile=tile, base=base) -> int:
+                return base + tile.offset(row, column // 8) + column % 8 * 2
+
+            for step in range(tile.columns // 16):
+                for first in {0, 8, tile.rows // 2}:
+                    descriptor = tile.along_columns(base, step, first)
+                    for outer in range(tile.rows - first):
+                        for k in range(16):
+                            at = _walk_descriptor(descriptor, True, outer, k)
+                            assert at == place(first + outer, 16 * step + k)
+            for step in range(tile.rows // 16):
+                for panel in range(tile.columns // tile.panel_columns):
+                    first, descriptor = panel * tile.panel_columns, tile.along_rows(base, step, panel)
+                    for outer in range(tile.columns - first):
+                        for k in range(16):
+                            at = _walk_descriptor(descriptor, False, outer, k)
+                            assert at == place(16 * step + k, first + outer)
+
+
 def test_interleave_gives_a_lane_neighbouring_columns(native: ModuleType) -> None:
     place = {}  # (chunk, word) in shared memory -> the word's number among the columns
     for chunk in range(8):
@@ -141,6 +201,8 @@ def test_a_slot_attends_iff_its_first_key_is_visible(
     for key_offset in range(0, block_size, 32):
         expected = block_id >= 0 and block_id * block_size + key_offset <= last_key
         assert native.slot_attends(block_id, block_size, key_offset, last_key) == expected
+    expected = native.slot_attends(block_id, block_size, 0, last_key)
+    assert (0 <= block_id < native.visible_blocks(block_size, last_key)) == expected
 
 
 # Dispatch

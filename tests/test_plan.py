@@ -27,6 +27,7 @@ def used(plan: Plan) -> Tensor:
 
 def assert_same_plan(actual: Plan, wanted: Plan) -> None:
     assert actual.csr_offsets.dtype == actual.csr_edges.dtype == actual.work_items.dtype == torch.int32
+    assert torch.equal(actual.next_item, wanted.next_item)
     assert torch.equal(actual.csr_offsets, wanted.csr_offsets)
     assert torch.equal(used(actual), used(wanted))
     assert torch.equal(actual.work_items[:, 0], wanted.work_items[:, 0])
@@ -34,15 +35,15 @@ def assert_same_plan(actual: Plan, wanted: Plan) -> None:
     assert torch.equal(actual.work_items.masked_fill(unused, -1), wanted.work_items.masked_fill(unused, -1))
 
 
-@pytest.mark.parametrize("edges_per_item", [64, 192])
+@pytest.mark.parametrize(("edges_per_item", "num_ranges"), [(64, 1), (192, 1), (64, 3), (64, 50)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_plan(backend: str, case: Case, edges_per_item: int) -> None:
+def test_plan(backend: str, case: Case, edges_per_item: int, num_ranges: int) -> None:
     stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
-    plan = stages.plan(problem, chunk, edges_per_item)
+    plan = stages.plan(problem, chunk, edges_per_item, num_ranges)
     assert plan.edges_per_item == edges_per_item
     assert plan.csr_edges.shape == (chunk.num_heads * chunk.num_queries * problem.topk,)
-    assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item))
+    assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item, num_ranges))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,11 +56,35 @@ def test_nothing_selected(backend: str) -> None:
     assert (plan.work_items[:, 0] == -1).all()
 
 
-def test_cuda_equals_triton() -> None:
+@pytest.mark.parametrize("num_ranges", [1, 2])
+def test_cuda_equals_triton(num_ranges: int) -> None:
     cuda, triton = load_stages("cuda"), load_stages("triton")
     case = Case("long", (30000, 1, 20000), (30000, 2, 21000), 4, 1, 8, 16, 64, popular=True)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    assert_same_plan(cuda.plan(problem, chunk, 1024), triton.plan(problem, chunk, 1024))
+    assert_same_plan(cuda.plan(problem, chunk, 1024, num_ranges), triton.plan(problem, chunk, 1024, num_ranges))
+
+
+def test_more_blocks_than_a_cta_counts_at_a_time() -> None:
+    """The CUDA plan takes the blocks in windows of 2048."""
+    case = Case("windows", (100, 200), (70000, 80000), 2, 1, 8, 7, 32, popular=True)
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    assert problem.num_blocks > 4096
+    plan = load_stages("cuda").plan(problem, chunk, 64, 2)
+    assert_same_plan(plan, stage_reference.plan(problem, chunk, 64, 2))
+
+
+@pytest.mark.parametrize("num_ranges", [1, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_work_items_walk_one_range_after_the_other(backend: str, num_ranges: int) -> None:
+    case = Case("ranges", (500,), (500,), 2, 1, 8, 4, 32)
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    plan = load_stages(backend).plan(problem, chunk, 64, num_ranges)
+    used_items = plan.work_items[plan.work_items[:, 0] >= 0]
+    assert torch.equal(used_items[1:, 1], used_items[:-1, 2])  # the items follow each other through csr_edges
+    ranges = plan.csr_edges[used_items[:, 1].long()] // problem.topk // (500 // num_ranges)
+    heads = used_items[:, 0] // problem.num_blocks
+    order = (heads * num_ranges + ranges).tolist()
+    assert order == sorted(order) and len(set(order)) == 2 * num_ranges
 
 
 @pytest.mark.parametrize("cu_seqlens", HOSTILE_CU_SEQLENS, ids=str)
@@ -87,7 +112,7 @@ def test_hostile_cu_seqlens_stay_in_bounds(backend: str, cu_seqlens: list[int]) 
 
 
 def test_one_part_counts_a_popular_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More edges of one cell before a warp's first than 16 bits hold."""
+    """More edges of one cell before a warp's first than 16 bits hold, and more queries than a tile has."""
     stages = load_stages("cuda")
     monkeypatch.setattr(stages, "plan_parts", lambda *_: 1)
     case = Case("one_block", (20000,), (20000,), 1, 1, 8, 4, 256)

@@ -75,7 +75,8 @@ def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, quer
         rows = workspace.backward_buffers(sizes, heads, queries, 64)["dq_partial"].shape[:-1]
     assert 2 * heads * queries * sizes.topk < 2**31
     assert math.prod(rows) < 2**31
-    assert workspace.plan_scratch_bytes(heads, queries, sizes.num_blocks) < 8 * 2**31
+    num_ranges = workspace.query_ranges(sizes, which, queries)
+    assert workspace.plan_scratch_bytes(heads, queries, sizes.num_blocks, num_ranges) < 4 * 2**31
 
 
 @settings(max_examples=300, deadline=None)
@@ -156,16 +157,16 @@ def test_accumulators_beyond_the_limit_leave_a_quarter_for_the_chunks() -> None:
 def test_chunk_bytes_are_the_bytes_of_the_buffers() -> None:
     heads, queries, topk, blocks, group, head_dim = 2, 640, 5, 13, 3, 160
     edges, cells = heads * queries * topk, heads * blocks
-    scratch = 2 * 4 * (cells * tiling.plan_parts(heads, queries) + 1)
+    scratch = 4 * (cells * tiling.plan_parts(heads, queries, 1) + cells + heads)
 
     per_item = tiling.forward_edges_per_item(group)
-    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells)
+    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells) + 4
     # head_dim above 128: two sub-blocks of 64 keys; fp16 partial, fp32 lse, int32 exponent
     forward = edges * 2 * group * (2 * head_dim + 4) + 4 * cells * 2
     assert chunk_bytes(SMALL, "forward", heads, queries, 1 << 30) == scratch + plan + forward
 
     per_item = tiling.backward_edges_per_item(edges, num_sms=132)
-    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells)
+    plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells) + 4
     backward = edges * 2 * group * 2 * head_dim + (2 * edges // per_item + 1) * 2 * 4 * 128 * head_dim
     assert chunk_bytes(SMALL, "backward", heads, queries, 1 << 30) == scratch + plan + backward
 
@@ -179,11 +180,29 @@ def test_backward_items(num_edges: int, num_sms: int, max_pieces: int) -> None:
     assert 2 * num_edges // bounded + 1 <= max_pieces
 
 
-@given(st.integers(1, 1024), st.integers(1, 1 << 22))
-def test_plan_parts(num_heads: int, num_queries: int) -> None:
-    parts = tiling.plan_parts(num_heads, num_queries)
-    assert 1 <= parts <= tiling.ceil_div(num_queries, 64)
-    assert parts == tiling.ceil_div(num_queries, 64) or parts * num_heads >= 264
+@given(st.integers(1, 1024), st.integers(1, 1 << 22), st.integers(1, 100))
+def test_plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> None:
+    parts = tiling.plan_parts(num_heads, num_queries, num_ranges)
+    most = tiling.ceil_div(num_queries, 64 * num_ranges)
+    assert 1 <= parts <= most
+    assert parts == most or parts * num_heads * num_ranges >= 264
+
+
+def test_query_ranges_keep_the_rows_of_a_range_in_l2() -> None:
+    def ranges(num_queries: int, group_size: int) -> int:
+        per_item = tiling.forward_edges_per_item(group_size)
+        return tiling.forward_query_ranges(num_queries, 2 * 128 * group_size, 16, num_queries // 64 + 1, per_item)
+
+    assert [ranges(65536, group_size) for group_size in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert [ranges(num_queries, 4) for num_queries in (1, 16384, 16385, 131072)] == [1, 1, 2, 7]
+
+
+@given(problem_sizes(), st.integers(1, 1 << 21))
+def test_query_ranges_leave_half_an_item_a_cell(sizes: Sizes, num_queries: int) -> None:
+    num_ranges = workspace.query_ranges(sizes, "forward", num_queries)
+    assert num_ranges >= 1 and workspace.query_ranges(sizes, "backward", num_queries) == 1
+    half_items = 2 * num_queries * sizes.topk / tiling.forward_edges_per_item(sizes.group_size)
+    assert num_ranges == 1 or half_items / num_ranges >= sizes.num_blocks
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 64, 128])

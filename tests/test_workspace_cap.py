@@ -25,7 +25,7 @@ from tolerances import assert_results, expected_results
 from torch import Tensor
 
 import fsa
-from fsa import backends
+from fsa import backends, tiling
 from fsa.problem import Chunk, Plan
 
 pytestmark = pytest.mark.usefixtures("workspace_limit")
@@ -45,9 +45,9 @@ def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]
     stages, chunks = backends.stages(backend), []
     plan: Callable[..., Plan] = stages.plan
 
-    def recording_plan(problem: object, chunk: Chunk, edges_per_item: int) -> Plan:
+    def recording_plan(problem: object, chunk: Chunk, *arguments: int) -> Plan:
         chunks.append(chunk)
-        return plan(problem, chunk, edges_per_item)
+        return plan(problem, chunk, *arguments)
 
     monkeypatch.setattr(stages, "plan", recording_plan)
     return chunks
@@ -71,6 +71,25 @@ def test_a_call_in_chunks_is_as_exact(
     for one_pass in (chunks[:num_forward], chunks[num_forward:]):
         assert len(one_pass) > 1
         assert all(chunk.num_queries < len(inputs.q) for chunk in one_pass) == (cut == "queries")
+
+
+@pytest.mark.parametrize("target", MAIN_TARGETS, ids=str)
+def test_query_ranges_are_as_exact(target: Target, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """As many ranges as keep half a work item a cell, where they would be one: small problems fit in L2."""
+    skip_unless_usable(target.backend)
+    inputs = Case("ranges", (150, 33), num_kv_heads=2, group_size=16, head_dim=16, topk=9).inputs(target.dtype, DEVICE)
+    monkeypatch.setattr(tiling, "_QUERY_BYTES_IN_L2", 1)
+    stages, num_ranges = backends.stages(target.backend), []
+    plan: Callable[..., Plan] = stages.plan
+
+    def recording_plan(problem: object, chunk: Chunk, edges_per_item: int, ranges: int = 1) -> Plan:
+        num_ranges.append(ranges)
+        return plan(problem, chunk, edges_per_item, ranges)
+
+    monkeypatch.setattr(stages, "plan", recording_plan)
+    assert_results(run(inputs, target.backend), expected_results(inputs))
+    forward_ranges, backward_ranges = num_ranges
+    assert forward_ranges > 1 and backward_ranges == 1
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ KV blocks are outside, queries inside. A query token lists the KV blocks it sele
 block has a list of the *edges* (query token, slot) that selected it. A program keeps the keys and values of one block
 and walks that list: the `group_size` query heads of a token ride together as rows of a tile.
 
-    plan                  invert topk_idx: edges sorted by (KV head, KV block), cut into work items
+    plan                  invert topk_idx: edges sorted by (KV head, query range, KV block), cut into work items
     forward_main          a work item: attention of its rows to this one block, a partial output and lse for each row
     forward_reduce        online softmax across the slots of a query
     backward_preprocess   delta = rowsum(dout * out) - dlse

@@ -1,9 +1,10 @@
-"""plan: invert topk_idx. Which edges (query token, slot) does each cell (KV head, KV block) serve?
+"""plan: invert topk_idx. Which edges (query token, slot) does each cell (KV head, query range, KV block) serve?
 
 Every edge gets the number of its cell; a stable sort by that number brings the edges of a cell together, in ascending
-query order, and leaves the unused slots at the end. The lists are then cut into work items of `edges_per_item` edges:
-popular cells become many items. Where a cell's items stand follows from csr_offsets alone, so nothing depends on the
-order in which programs run, and the host never learns how many there are.
+query order, and leaves the unused slots at the end. A range is a run of queries; there are several where the query rows
+of a head would not stay in L2, and whoever walks the cells in order stays in one for long. The lists are then cut into
+work items of `edges_per_item` edges: popular cells become many items. Where a cell's items stand follows from
+csr_offsets alone, so nothing depends on the order in which programs run, and the host never learns how many there are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TILE_ITEMS = 32  # work items that a program of work_items writes at a time
 
 @triton.jit(do_not_specialize=SIZES)
 def edge_cells_kernel(
-    cells,  # [num_heads, edges_per_head], int32: cell of each edge, num_heads * num_blocks if it attends to nothing
+    cells,  # [num_heads, edges_per_head], int32: cell of each edge, num_cells if it attends to nothing
     topk_idx,  # [num_kv_heads, total_q, topk], int32
     cu_seqlens_q,  # [batch + 1], int32
     cu_seqlens_k,  # [batch + 1], int32
@@ -37,7 +38,9 @@ def edge_cells_kernel(
     total_k,
     topk,
     num_blocks,
-    num_heads,  # KV heads of the chunk, from head_begin
+    num_cells,
+    num_ranges,
+    range_queries,  # query tokens of a range
     head_begin,
     query_begin,
     edges_per_head,
@@ -57,19 +60,22 @@ def edge_cells_kernel(
     k_begin, k_len = sequence_bounds(sequence, cu_seqlens_k, total_k)
     last_key = last_visible_key(query, q_begin, q_len, k_len, CAUSAL)
 
-    cell = head * num_blocks + first_block(k_begin, sequence, BLOCK_SIZE) + block_id
+    head_and_range = head * num_ranges + edge // topk // range_queries
+    cell = head_and_range * num_blocks + first_block(k_begin, sequence, BLOCK_SIZE) + block_id
     attends = slot_attends(block_id, 0, last_key, BLOCK_SIZE)
-    tl.store(cells + head * edges_per_head + edge, tl.where(attends, cell, num_heads * num_blocks), mask=exists)
+    tl.store(cells + head * edges_per_head + edge, tl.where(attends, cell, num_cells), mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def work_items_kernel(
-    work_items,  # [max_items, 4], int32: (cell, edge_begin, edge_end, sequence), filled with -1
+    work_items,  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence), filled with -1
     csr_offsets,  # [num_cells + 1], int32
     csr_edges,  # [num_heads * edges_per_head], int32
     cu_seqlens_q,  # [batch + 1], int32
     batch,
     topk,
+    num_blocks,
+    num_ranges,
     query_begin,
     edges_per_item,
     TILE_ITEMS: tl.constexpr,
@@ -81,6 +87,8 @@ def work_items_kernel(
         return
     sequence = sequence_of_query(query_begin + tl.load(csr_edges + begin) // topk, cu_seqlens_q, batch)
 
+    head_and_block = cell // (num_ranges * num_blocks) * num_blocks + cell % num_blocks
+
     # From this row to the first of the next cell there are at least as many rows as the cell has items.
     first_row = begin // edges_per_item + cell
     num_items = (end - begin + edges_per_item - 1) // edges_per_item
@@ -89,15 +97,15 @@ def work_items_kernel(
         edge_begin = begin + item * edges_per_item
         row = work_items + (first_row + item).to(tl.int64) * 4
         exists = item < num_items
-        tl.store(row, cell, mask=exists)
+        tl.store(row, head_and_block, mask=exists)
         tl.store(row + 1, edge_begin, mask=exists)
         tl.store(row + 2, tl.minimum(edge_begin + edges_per_item, end), mask=exists)
         tl.store(row + 3, sequence, mask=exists)
 
 
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
+def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
     """Sort the chunk's edges by cell and cut them into work items; the result is described by `fsa.problem.Plan`."""
-    num_cells = chunk.num_heads * problem.num_blocks
+    num_cells = chunk.num_heads * num_ranges * problem.num_blocks
     edges_per_head = chunk.num_queries * problem.topk
     num_edges = chunk.num_heads * edges_per_head
 
@@ -113,7 +121,9 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
         total_k=problem.total_k,
         topk=problem.topk,
         num_blocks=problem.num_blocks,
-        num_heads=chunk.num_heads,
+        num_cells=num_cells,
+        num_ranges=num_ranges,
+        range_queries=triton.cdiv(chunk.num_queries, num_ranges),
         head_begin=chunk.head_begin,
         query_begin=chunk.query_begin,
         edges_per_head=edges_per_head,
@@ -132,9 +142,12 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int) -> Plan:
         problem.cu_seqlens_q,
         batch=problem.batch,
         topk=problem.topk,
+        num_blocks=problem.num_blocks,
+        num_ranges=num_ranges,
         query_begin=chunk.query_begin,
         edges_per_item=edges_per_item,
         TILE_ITEMS=TILE_ITEMS,
         num_warps=1,
     )
-    return Plan(csr_offsets, csr_edges, work_items, edges_per_item)
+    next_item = problem.topk_idx.new_zeros(1)
+    return Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item)

@@ -7,10 +7,10 @@
 // are 8 neighbouring columns.
 #pragma once
 
+#include "backward/key_gradients.cuh"
 #include "backward/main.h"
 #include "backward/main_traits.h"
 #include "device/convert.cuh"
-#include "device/key_value_gradients.cuh"
 #include "device/layout.h"
 #include "device/load_tile.cuh"
 #include "device/ptx.cuh"
@@ -36,6 +36,7 @@ struct QueryTileRows {
 template <typename Traits>
 struct ItemState {
     WorkItem item;
+    int claimed;                    // the item after it
     int nonfinite_keys;             // K holds inf or NaN
     int next_edge[Traits::kTileQ];  // of row i, the tile after next: written and read by thread i
 };
@@ -119,7 +120,8 @@ __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared,
         shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks},
         [](int) {});
     const int nonfinite = __syncthreads_or(keys.nonfinite);
-    if (threadIdx.x == 0) shared.state->nonfinite_keys = nonfinite;  // seen behind the barrier before the first tile
+    if (thread_index_unhoisted() == 0)
+        shared.state->nonfinite_keys = nonfinite;  // seen behind the barrier before the first tile
 }
 
 // A strip of scores: the warp's 16 keys (rows) x 16 queries, as two n8 tiles. Wider ones would not fit beside dK and
@@ -291,47 +293,16 @@ __device__ __forceinline__ void compute_dq_and_store(
     }
 }
 
-// A warp's rows of dK or dV: to the item's piece when its cell is cut into several items, else to the result.
-template <typename Traits>
-__device__ __forceinline__ void store_key_gradient(
-    const KeyGradient<Traits>& gradient, int which, const BackwardMainParams& p, const WorkItem& item, bool cut,
-    int64_t piece) {
-    using T = typename Traits::T;
-    const Geometry& g = p.geometry;
-    const KeyValueGradients& out = p.gradients;
-    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
-    const int first_column = warp / Traits::kKeyWarps * Traits::kColumns + lane % 4 * 2;
-    const float scale = which == 0 ? p.softmax_scale : 1.f;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int key = warp % Traits::kKeyWarps * 16 + lane / 4 + half * 8;
-        if (!cut && key >= item.num_keys) continue;
-        const int64_t token = item.key_token + key;
-        const int64_t element = token * out.token_stride + item.head * out.head_stride + first_column;
-        void* result = which == 0 ? out.dk : out.dv;
-        float* piece_elements = piece_row(out, g.subs, g.head_dim, piece, item.sub, which, key) + first_column;
-#pragma unroll
-        for (int n = 0; n < Traits::kColumns / 8; ++n) {
-            const float x = gradient[n][2 * half] * scale, y = gradient[n][2 * half + 1] * scale;
-            if (first_column + n * 8 >= g.head_dim) break;
-            if (cut) {
-                *reinterpret_cast<float2*>(piece_elements + n * 8) = make_float2(x, y);
-            } else {
-                store_gradient_pair<T>(result, element + n * 8, out.accumulate, x, y);
-            }
-        }
-    }
-}
-
 template <typename Traits>
 __device__ __forceinline__ void store_key_gradients(
     const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const WorkItem& item) {
-    const int cell_begin = __ldg(p.plan.csr_offsets + item.cell);
-    const bool cut = __ldg(p.plan.csr_offsets + item.cell + 1) - cell_begin > p.plan.edges_per_item;
-    const int64_t piece =
-        first_piece(cell_begin, p.plan.edges_per_item) + (item.edge_begin - cell_begin) / p.plan.edges_per_item;
-    store_key_gradient<Traits>(dk, 0, p, item, cut, piece);
-    store_key_gradient<Traits>(dv, 1, p, item, cut, piece);
+    using T = typename Traits::T;
+    const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
+    const int key = warp % Traits::kKeyWarps * 16 + lane / 4;
+    const int first_column = warp / Traits::kKeyWarps * Traits::kColumns + lane % 4 * 2;
+    const GradientTarget target = gradient_target(p.plan, item);
+    store_key_gradient<T>(dk, 0, key, first_column, p, item, target);
+    store_key_gradient<T>(dv, 1, key, first_column, p, item, target);
 }
 
 template <typename Traits>
@@ -340,12 +311,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     unsigned char* shared_memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const SharedTiles<Traits> shared = carve_shared_memory<Traits>(shared_memory);
     const Geometry& g = p.geometry;
-    const bool describes_row = threadIdx.x < Traits::kTileQ;
+    auto describes_row = [] { return thread_index_unhoisted() < Traits::kTileQ; };
 
     const WorkItem& item = shared.state->item;
 
-    for (int index = blockIdx.x; index < p.plan.max_items * g.subs; index = item.index + gridDim.x) {
-        if (!fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, index)) continue;
+    if (threadIdx.x == 0) shared.state->claimed = claim_work_item(p.plan);
+    while (fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, shared.state->claimed)) {
         load_kv_block(shared, p);
 
         // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done
@@ -353,7 +324,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         constexpr int kTileQ = Traits::kTileQ;
         auto edge_of = [&](int first_row) { return load_edge(g, p.plan, item, first_row + threadIdx.x); };
         auto rows_of = [&](int first_row) -> QueryTileRows<Traits>& { return shared.rows[first_row / kTileQ % 2]; };
-        if (describes_row) {
+        if (describes_row()) {
             describe_row(rows_of(0), p, item, 0, edge_of(0));
             shared.state->next_edge[threadIdx.x] = edge_of(kTileQ);
         }
@@ -364,7 +335,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         for (int row = 0; row < item.num_rows; row += kTileQ) {
             cp_async_wait<0>();
             __syncthreads();  // Q, dO and the rows of this tile are there
-            if (describes_row) {
+            if (describes_row()) {
                 describe_row(rows_of(row + kTileQ), p, item, row + kTileQ, shared.state->next_edge[threadIdx.x]);
                 shared.state->next_edge[threadIdx.x] = edge_of(row + 2 * kTileQ);
             }

@@ -11,4 +11,8 @@ namespace fsa {
 template <typename T, int kHeadDim, int kTileK>
 void launch_backward_main(const BackwardMainParams& params, cudaStream_t stream);
 
+// The same on sm_90a: kHeadDim <= 128, kTileK = 64. Instantiated by main_sm90_inst.cu.in.
+template <typename T, int kHeadDim, int kTileK>
+void launch_backward_main_sm90(const BackwardMainParams& params, cudaStream_t stream);
+
 }  // namespace fsa

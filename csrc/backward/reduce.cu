@@ -12,29 +12,38 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSlices = 8;  // CTAs that share a cell: the pieces of a block that everyone selected are megabytes
 
-// kLanes lanes a (query, head) row, lane i on columns 8i .. 8i+7; rows behind the last repeat it and store nothing.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) backward_reduce_dq(BackwardReduceParams p) {
+__global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<kLanes>::kMinCtas)
+    backward_reduce_dq(const __grid_constant__ BackwardReduceParams p) {
+    constexpr int kBatch = ReduceTraits<kLanes>::kBatch;
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % kLanes, num_partials = g.topk * g.subs, column = 8 * lane;
-    const int num_rows = g.num_heads * g.num_queries * g.group_size;
-    const int own_row = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
-    const SlotRow row = load_slot_row(g, p.topk_idx, min(own_row, num_rows - 1));
+    const int lane = threadIdx.x % kLanes, column = 8 * lane, num_partials = g.topk * g.subs;
+    const int64_t stride = static_cast<int64_t>(g.group_size) * g.head_dim;
 
-    float dq[8] = {};
-    for (int first = 0; first < num_partials; first += kLanes) {
-        const float weight = load_slot_partial(g, row, first + lane).used ? 1.f : 0.f;
-        const T* chunk = static_cast<const T*>(p.dq_partial) +
-                         (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
-        accumulate_partials<T, kLanes>(
-            dq, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first,
-            column < g.head_dim);
+    int block_id = load_block_id(g, p.topk_idx, row_of_tile<kLanes>(g, blockIdx.x), lane);
+    for (int tile = blockIdx.x; tile < ReduceTraits<kLanes>::num_tiles(g); tile += gridDim.x) {
+        const int row = row_of_tile<kLanes>(g, tile);
+        const SlotRow slots = load_slot_row(g, row);
+        float dq[8] = {};
+        for (int first = 0; first < num_partials; first += kBatch) {
+            const bool exists = lane < kBatch && partial_exists(g, slots, block_id, first + lane);
+            block_id = first + kBatch < num_partials
+                           ? load_block_id(g, p.topk_idx, row, first + kBatch + lane)
+                           : load_block_id(g, p.topk_idx, row_of_tile<kLanes>(g, tile + gridDim.x), lane);
+            uint4 chunks[kBatch];
+            const int64_t first_partial = slots.first_partial + static_cast<int64_t>(first) * g.group_size;
+            load_partials<kLanes>(
+                chunks, static_cast<const T*>(p.dq_partial) + first_partial * g.head_dim + column, stride, exists,
+                column < g.head_dim);
+#pragma unroll
+            for (const uint4& chunk : chunks) add_chunk<T>(dq, chunk, 1.f);
+        }
+        const RowPosition position = position_of_row(g, row);
+        const int64_t token = g.query_begin + position.query, head = query_head(g, position);
+        const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
+        if (column < g.head_dim)
+            store_chunk(static_cast<T*>(p.dq) + (token * num_query_heads + head) * g.head_dim + column, dq);
     }
-    if (own_row >= num_rows || column >= g.head_dim) return;
-    const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
-    const int64_t head = static_cast<int64_t>(g.head_begin + row.head) * g.group_size + row.group_head;
-    store_row_chunk(
-        static_cast<T*>(p.dq) + ((g.query_begin + row.query) * num_query_heads + head) * g.head_dim + column, dq);
 }
 
 // A CTA a cell and slice of its elements; cells of a single work item were written by main.
@@ -76,11 +85,10 @@ __global__ void __launch_bounds__(kThreads) backward_reduce_dkv(BackwardReducePa
 template <typename T>
 void launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
-    const int num_rows = g.num_heads * g.num_queries * g.group_size;
     dispatch_row_lanes(g.head_dim, [&](auto lanes) {
-        constexpr int kLanes = decltype(lanes)::value;
-        const int ctas = (num_rows - 1) / (kThreads / kLanes) + 1;
-        launch("backward_reduce_dq", backward_reduce_dq<T, kLanes>, {dim3(ctas), kThreads, 0}, p, stream);
+        using Traits = ReduceTraits<decltype(lanes)::value>;
+        const int ctas = min(Traits::num_tiles(g), sm_count() * Traits::kMinCtas);
+        launch("backward_reduce_dq", backward_reduce_dq<T, lanes>, {dim3(ctas), Traits::kThreads, 0}, p, stream);
     });
     launch(
         "backward_reduce_dkv", backward_reduce_dkv<T>, {dim3(g.num_heads * g.num_blocks, kSlices), kThreads, 0}, p,

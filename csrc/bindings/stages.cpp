@@ -67,8 +67,10 @@ Geometry make_geometry(const ChunkArguments& a, int64_t subs, int64_t group_size
     g.subs = static_cast<int>(subs);
     g.num_blocks = static_cast<int>(num_blocks);
     g.causal = a.causal;
+    g.by_num_queries = FastDivider(g.num_queries);
     g.by_group_size = FastDivider(g.group_size);
     g.by_topk = FastDivider(g.topk);
+    g.by_subs = FastDivider(g.subs);
     return g;
 }
 
@@ -87,18 +89,24 @@ int64_t num_edges_bound(const Geometry& g) {
 
 PlanView plan_view(
     const Geometry& g, const Tensor& csr_offsets, const Tensor& csr_edges, const Tensor& work_items,
-    int64_t edges_per_item) {
+    const Tensor& next_item, int64_t edges_per_item) {
     STD_TORCH_CHECK(edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX, "edges_per_item out of range");
-    const int64_t cells = static_cast<int64_t>(g.num_heads) * g.num_blocks,
-                  max_items = num_edges_bound(g) / edges_per_item + cells;
+    const int64_t cells = csr_offsets.numel() - 1, max_items = num_edges_bound(g) / edges_per_item + cells;
+    STD_TORCH_CHECK(
+        cells > 0 && cells % (static_cast<int64_t>(g.num_heads) * g.num_blocks) == 0,
+        "csr_offsets must have an entry a cell, and one more");
     STD_TORCH_CHECK(max_items * g.subs <= INT32_MAX, "too many work items");
     check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {cells + 1});
     check_buffer(csr_edges, "csr_edges", ScalarType::Int, {num_edges_bound(g)});
     check_buffer(work_items, "work_items", ScalarType::Int, {max_items, 4});
+    check_buffer(next_item, "next_item", ScalarType::Int, {1});
     return {
         static_cast<const int32_t*>(csr_offsets.const_data_ptr()),
-        static_cast<const int32_t*>(csr_edges.const_data_ptr()), static_cast<const int4*>(work_items.const_data_ptr()),
-        static_cast<int>(max_items), static_cast<int>(edges_per_item)};
+        static_cast<const int32_t*>(csr_edges.const_data_ptr()),
+        static_cast<const int4*>(work_items.const_data_ptr()),
+        static_cast<int32_t*>(next_item.mutable_data_ptr()),
+        static_cast<int>(max_items),
+        static_cast<int>(edges_per_item)};
 }
 
 RowTensor row_tensor(
@@ -154,27 +162,31 @@ KeyValueGradients key_value_gradients(
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor counts) {
+    int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item,
+    Tensor scratch) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     const Geometry g = make_geometry(a, 1, 1, 8);
-    const PlanView view = plan_view(g, csr_offsets, csr_edges, work_items, edges_per_item);
-    const int64_t cells = static_cast<int64_t>(g.num_heads) * g.num_blocks, parts = (counts.numel() - 1) / cells;
-    STD_TORCH_CHECK(parts >= 1 && cells * parts + 1 <= INT32_MAX, "counts has the wrong size");
-    check_buffer(counts, "counts", ScalarType::Int, {cells * parts + 1});
+    const PlanView view = plan_view(g, csr_offsets, csr_edges, work_items, next_item, edges_per_item);
+    const int64_t ranges = num_ranges * g.num_heads, cells = ranges * g.num_blocks;
+    const int64_t groups = ranges * ((g.num_blocks - 1) / kPlanGroup + 1);
+    STD_TORCH_CHECK(num_ranges >= 1 && ranges <= 65535, "num_ranges out of range");
+    STD_TORCH_CHECK(parts >= 1 && parts <= INT32_MAX, "parts out of range");
+    check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {cells + 1});
+    check_buffer(scratch, "scratch", ScalarType::Int, {cells * parts + cells + groups});
     const DeviceGuard guard(topk_idx.get_device());
     PlanParams p = {};
     p.geometry = g;
     p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
+    p.num_ranges = static_cast<int>(num_ranges);
     p.parts = static_cast<int>(parts);
-    p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-    p.scan_scratch_bytes = plan_scan_scratch_bytes(static_cast<int>(cells * parts + 1));
-    const Tensor scratch =
-        torch::stable::new_empty(counts, {static_cast<int64_t>(p.scan_scratch_bytes)}, ScalarType::Byte);
-    p.scan_scratch = scratch.mutable_data_ptr();
+    p.counts = static_cast<int32_t*>(scratch.mutable_data_ptr());
+    p.cell_edges = p.counts + cells * parts;
+    p.group_edges = p.cell_edges + cells;
     p.csr_offsets = static_cast<int32_t*>(csr_offsets.mutable_data_ptr());
     p.csr_edges = static_cast<int32_t*>(csr_edges.mutable_data_ptr());
     p.work_items = static_cast<int4*>(work_items.mutable_data_ptr());
+    p.next_item = view.next_item;
     p.max_items = view.max_items;
     p.edges_per_item = view.edges_per_item;
     launch_plan(p, current_stream(topk_idx));
@@ -183,8 +195,8 @@ void plan(
 void forward_main(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
-    Tensor lse_partial, Tensor value_exponent) {
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item, int64_t edges_per_item, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, int64_t arch) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     k.size(0)};
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
@@ -196,7 +208,7 @@ void forward_main(
 
     ForwardMainParams p = {};
     p.geometry = g;
-    p.plan = plan_view(g, csr_offsets, csr_edges, work_items, edges_per_item);
+    p.plan = plan_view(g, csr_offsets, csr_edges, work_items, next_item, edges_per_item);
     p.q = row_tensor(q, "q", dtype, total_q, num_kv_heads * g.group_size, g.head_dim);
     p.k = row_tensor(k, "k", dtype, k.size(0), num_kv_heads, g.head_dim);
     p.v = row_tensor(v, "v", dtype, k.size(0), num_kv_heads, g.head_dim);
@@ -210,7 +222,9 @@ void forward_main(
     dispatch_dtype(is_bf16(q), [&](auto t) {
         dispatch_head_dim(g.head_dim, [&](auto head_dim) {
             dispatch_forward_tile_k<head_dim>(g.block_size / g.subs, [&](auto tile_k) {
-                launch_forward_main<decltype(t), head_dim, tile_k>(p, stream);
+                dispatch_arch<true>(
+                    arch, [&] { launch_forward_main<decltype(t), head_dim, tile_k>(p, stream); },
+                    [&] { launch_forward_main_sm90<decltype(t), head_dim, tile_k>(p, stream); });
             });
         });
     });
@@ -268,8 +282,9 @@ void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Te
 void backward_main(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
-    Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate) {
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item, int64_t edges_per_item, Tensor dout,
+    Tensor lse, Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate,
+    int64_t arch) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     k.size(0)};
     const ScalarType dtype = q.scalar_type();
@@ -278,9 +293,12 @@ void backward_main(
     check_buffer(lse, "lse", ScalarType::Float, {num_heads, total_q});
     check_buffer(delta, "delta", ScalarType::Float, {num_heads, total_q});
 
+    // Pieces are numbered by cells that know no query ranges.
+    check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {static_cast<int64_t>(g.num_heads) * g.num_blocks + 1});
+
     BackwardMainParams p = {};
     p.geometry = g;
-    p.plan = plan_view(g, csr_offsets, csr_edges, work_items, edges_per_item);
+    p.plan = plan_view(g, csr_offsets, csr_edges, work_items, next_item, edges_per_item);
     p.q = row_tensor(q, "q", dtype, total_q, num_heads, g.head_dim);
     p.k = row_tensor(k, "k", dtype, k.size(0), num_kv_heads, g.head_dim);
     p.v = row_tensor(v, "v", dtype, k.size(0), num_kv_heads, g.head_dim);
@@ -297,7 +315,9 @@ void backward_main(
     dispatch_dtype(is_bf16(q), [&](auto t) {
         dispatch_head_dim(g.head_dim, [&](auto head_dim) {
             dispatch_backward_tile_k<head_dim>(g.block_size / g.subs, [&](auto tile_k) {
-                launch_backward_main<decltype(t), head_dim, tile_k>(p, stream);
+                dispatch_arch<has_backward_sm90(head_dim, tile_k)>(
+                    arch, [&] { launch_backward_main<decltype(t), head_dim, tile_k>(p, stream); },
+                    [&] { launch_backward_main_sm90<decltype(t), head_dim, tile_k>(p, stream); });
             });
         });
     });

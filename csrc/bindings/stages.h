@@ -12,13 +12,14 @@ using torch::stable::Tensor;
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor counts);
+    int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item,
+    Tensor scratch);
 
 void forward_main(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor o_partial,
-    Tensor lse_partial, Tensor value_exponent);
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item, int64_t edges_per_item, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, int64_t arch);
 
 void forward_reduce(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
@@ -30,8 +31,9 @@ void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Te
 void backward_main(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, int64_t edges_per_item, Tensor dout, Tensor lse,
-    Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate);
+    Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item, int64_t edges_per_item, Tensor dout,
+    Tensor lse, Tensor delta, Tensor dq_partial, Tensor dk, Tensor dv, Tensor dkv_pieces, bool accumulate,
+    int64_t arch);
 
 void backward_reduce(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,

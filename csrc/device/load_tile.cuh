@@ -17,74 +17,125 @@ struct TileSource {
 };
 
 // Plain order, swizzled, asynchronous: commit and wait are the caller's.
-template <typename T, int kRows, int kHeadDim, int kThreads>
+template <typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, const TileSource<T>& source) {
     constexpr int kChunks = kHeadDim / 8;
-    static_assert(kRows * kChunks % kThreads == 0, "every thread copies the same number of chunks");
     const int thread = thread_index_unhoisted();
 #pragma unroll
-    for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+    for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
         const int index = i * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
+        if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
         const bool valid = row < source.num_rows && chunk < source.num_chunks;
         const T* from = source.first_row + (valid ? row * source.row_stride + chunk * 8 : 0);
-        cp_async_16(tile + SwizzledTile<kHeadDim * 2>::offset(row, chunk), from, valid);
+        cp_async_16(tile + Layout::offset(row, chunk), from, valid);
     }
 }
 
+// What becomes of inf and NaN. A masked key has probability 0, but 0 * NaN is NaN: where they are replaced by zero, the
+// caller makes up for it in the rows that do see such a key.
+enum class Nonfinite { kKeep, kZero };
+
+// Of the elements that this thread saw; only where inf and NaN are looked for.
 struct TileMagnitude {
-    uint32_t packed_max;  // largest finite magnitude seen by this thread, one bit pattern a half-word
-    bool nonfinite;       // this thread saw inf or NaN
+    uint32_t packed_max;  // largest finite magnitude, one bit pattern a half-word
+    bool nonfinite;       // there were inf or NaN
 };
 
-// Interleaved words (layout.h), swizzled, inf and NaN replaced by zero: a masked key has probability 0, and 0 * NaN
-// is NaN. The caller makes up for it in the rows that do see such a key; on_nonfinite(row) is called for each chunk
-// that held one.
-template <typename T, int kRows, int kHeadDim, int kThreads, typename OnNonfinite>
-__device__ __forceinline__ TileMagnitude
-load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfinite& on_nonfinite) {
+// words[i] = words[(i + by) % 4]
+__device__ __forceinline__ void rotate_words(uint32_t (&words)[4], int by) {
+    const bool one = by & 1, two = by & 2;
+    const uint32_t a[4] = {
+        one ? words[1] : words[0], one ? words[2] : words[1], one ? words[3] : words[2], one ? words[0] : words[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = two ? a[(i + 2) % 4] : a[i];
+}
+
+// Interleaves the words (layout.h) of a tile that load_tile_async with the same parameters brought, in place, once this
+// thread's copies have landed: the four lanes that exchange words copied them. on_nonfinite(row) is called for each
+// chunk that held inf or NaN.
+template <
+    typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>,
+    Nonfinite kNonfinite = Nonfinite::kZero, typename OnNonfinite>
+__device__ __forceinline__ TileMagnitude interleave_tile(uint32_t tile, const OnNonfinite& on_nonfinite) {
     constexpr int kChunks = kHeadDim / 8, kPerThread = kRows * kChunks / kThreads;
-    constexpr int kBatch = kPerThread <= 8 ? kPerThread : (kPerThread % 8 == 0 ? 8 : 6);
-    static_assert(kRows * kChunks % kThreads == 0 && kPerThread % kBatch == 0, "every thread copies whole batches");
+    constexpr int kBatch = kPerThread % 4 == 0 ? 4 : kPerThread % 3 == 0 ? 3 : kPerThread % 2 == 0 ? 2 : 1;
+    static_assert(kChunks % 4 == 0, "four lanes share a group of four chunks");
     const int thread = thread_index_unhoisted();
     TileMagnitude magnitude = {0, false};
-#pragma unroll
+#pragma unroll 1
     for (int first = 0; first < kPerThread; first += kBatch) {
         uint32_t words[kBatch][4];
-        uint32_t batch_max = 0;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int index = (first + i) * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (row < source.num_rows && chunk < source.num_chunks) {
-                v = __ldg(reinterpret_cast<const uint4*>(source.first_row + row * source.row_stride + chunk * 8));
-            }
+            const uint4 v = load_shared_16(tile + Layout::offset(row, chunk));
             words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
-        }
+            if constexpr (kNonfinite == Nonfinite::kZero) {
 #pragma unroll
-        for (int i = 0; i < kBatch * 4; ++i) batch_max = max_magnitude_bits(batch_max, words[i / 4][i % 4]);
-        if (has_nonfinite<T>(batch_max)) {
-            magnitude.nonfinite = true;
-            batch_max = 0;
-#pragma unroll
-            for (int i = 0; i < kBatch * 4; ++i) {
-                const uint32_t word = words[i / 4][i % 4], finite_word = zero_nonfinite<T>(word);
-                if (word != finite_word) on_nonfinite(((first + i / 4) * kThreads + thread) / kChunks);
-                words[i / 4][i % 4] = finite_word;
-                batch_max = max_magnitude_bits(batch_max, finite_word);
+                for (int word = 0; word < 4; ++word) {
+                    const uint32_t finite = zero_nonfinite<T>(words[i][word]);
+                    if (finite != words[i][word]) {
+                        magnitude.nonfinite = true;
+                        on_nonfinite(row);
+                    }
+                    words[i][word] = finite;
+                    magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, finite);
+                }
             }
         }
-        magnitude.packed_max = __vmaxu2(magnitude.packed_max, batch_max);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int index = (first + i) * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
+            // Neighbouring groups of four chunks begin with different words: their stores meet in no bank.
+            const int rotation = chunk / 4 % 4;
+            rotate_words(words[i], rotation);
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
-                const InterleavedWord to = interleave(chunk, word);
-                store_shared_4(tile + SwizzledTile<kHeadDim * 2>::offset(row, to.chunk) + to.word * 4, words[i][word]);
+                const InterleavedWord to = interleave(chunk, (word + rotation) % 4);
+                store_shared_4(tile + Layout::offset(row, to.chunk) + to.word * 4, words[i][word]);
             }
         }
     }
     return magnitude;
+}
+
+// The same without interleaving: looks at the chunks that this thread copied, and replaces inf and NaN by zero.
+template <typename T, int kRows, int kHeadDim, int kThreads, typename Layout>
+__device__ __forceinline__ TileMagnitude zero_nonfinite_in_tile(uint32_t tile) {
+    constexpr int kChunks = kHeadDim / 8;
+    const int thread = thread_index_unhoisted();
+    TileMagnitude magnitude = {0, false};
+#pragma unroll 4
+    for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
+        const int index = i * kThreads + thread;
+        if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
+        const uint32_t address = tile + Layout::offset(index / kChunks, index % kChunks);
+        const uint4 v = load_shared_16(address);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            const uint32_t finite = zero_nonfinite<T>(words[word]);
+            magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, finite);
+            if (finite == words[word]) continue;
+            magnitude.nonfinite = true;
+            store_shared_4(address + 4 * word, finite);
+        }
+    }
+    return magnitude;
+}
+
+// Both at once; waits for all of this thread's copies.
+template <
+    typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>,
+    Nonfinite kNonfinite = Nonfinite::kZero, typename OnNonfinite>
+__device__ __forceinline__ TileMagnitude
+load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfinite& on_nonfinite) {
+    load_tile_async<T, kRows, kHeadDim, kThreads, Layout>(tile, source);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    return interleave_tile<T, kRows, kHeadDim, kThreads, Layout, kNonfinite>(tile, on_nonfinite);
 }
 
 // Adds to this lane's 8 elements of a stored row what load_tile_interleaved took out: the inf and NaN elements of the

@@ -76,4 +76,9 @@ __device__ __forceinline__ bool slot_attends(int block_id, int block_size, int k
     return block_id >= 0 && static_cast<int64_t>(block_id) * block_size + key_offset <= last_key;
 }
 
+// The number of blocks with a visible key: slot_attends for key_offset 0 is true of the ids below it, and of no other.
+__device__ __forceinline__ int visible_blocks(int block_size, int last_key) {
+    return last_key < 0 ? 0 : last_key / block_size + 1;
+}
+
 }  // namespace fsa

@@ -1,4 +1,8 @@
-// Walking the slots of one (query, head): what both reduce stages share. kLanes lanes work on a row, each on 8 columns.
+// Walking the slots of rows (query, head): what both reduce stages share. A row has kLanes lanes, each on 8 columns.
+//
+// Reduce lives from the bytes that are on their way, so no load waits that need not: the partials of a row are taken
+// in batches, all loads of a batch go out together, knowing no more than its block ids, and these were asked for a
+// batch earlier, across rows.
 #pragma once
 
 #include "device/convert.cuh"
@@ -7,88 +11,113 @@
 
 namespace fsa {
 
-// The row that a group of kLanes lanes reduces.
-struct SlotRow {
+template <int kLanes>
+struct ReduceTraits {
+    static constexpr int kThreads = 128;
+    static constexpr int kRows = kThreads / kLanes;           // rows that a CTA works on at a time: a tile
+    static constexpr int kBatch = kLanes < 16 ? kLanes : 16;  // partials in flight; lane i < kBatch looks after one
+    static constexpr int kMinCtas = kBatch < 16 ? 7 : 5;      // a partial in flight takes four registers
+
+    static FSA_HOST_DEVICE int num_tiles(const Geometry& g) {
+        return (g.num_heads * g.num_queries * g.group_size - 1) / kRows + 1;
+    }
+};
+
+// Row of a thread in [num_heads, num_queries, group_size]. Behind the last row, it is the last: written twice, with the
+// same bits.
+template <int kLanes>
+__device__ __forceinline__ int row_of_tile(const Geometry& g, int tile) {
+    const unsigned row = static_cast<unsigned>(tile) * ReduceTraits<kLanes>::kRows + threadIdx.x / kLanes;
+    return static_cast<int>(min(row, static_cast<unsigned>(g.num_heads * g.num_queries * g.group_size - 1)));
+}
+
+struct RowPosition {
     int head;        // KV head, counted from the chunk's first
     int query;       // counted from the chunk's first
     int group_head;  // 0 .. group_size - 1
-    int last_key;    // last key the query sees, counted from the start of its sequence; negative: none
-    int first_block;
-    const int32_t* block_ids;  // [topk]
-    int64_t partial_row;       // of slot 0, sub-block 0, in [num_heads, num_queries, topk, subs, group_size]
 };
 
-__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, const int32_t* topk_idx, int row) {
-    SlotRow r;
+__device__ __forceinline__ RowPosition position_of_row(const Geometry& g, int row) {
+    RowPosition r;
     const int head_and_query = g.by_group_size.quotient(row);
     r.group_head = row - head_and_query * g.group_size;
-    r.head = head_and_query / g.num_queries;
+    r.head = g.by_num_queries.quotient(head_and_query);
     r.query = head_and_query - r.head * g.num_queries;
-    const int token = g.query_begin + r.query;
-    const int sequence = sequence_of_query(g.sequences, token);
-    r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
-    r.first_block = first_block(g.sequences, sequence, g.block_size);
-    r.block_ids = topk_idx + (static_cast<int64_t>(g.head_begin + r.head) * g.sequences.total_q + token) * g.topk;
-    r.partial_row = static_cast<int64_t>(head_and_query) * g.topk * g.subs * g.group_size + r.group_head;
     return r;
 }
 
-// Partial i = 0 .. topk * subs - 1 of a row: sub-block i % subs of slot i / subs.
-struct SlotPartial {
-    bool used;    // main wrote it
-    int64_t row;  // in [num_heads, num_queries, topk, subs, group_size]
-    int block;    // among the blocks of all sequences
-    int sub;
+// What decides which partials a row has, and where they are. Partial i = 0 .. topk * subs - 1 of a row is sub-block
+// i % subs of slot i / subs.
+struct SlotRow {
+    int last_key;       // last key the query sees, counted from the start of its sequence; negative: none
+    int first_cell;     // cell of block 0 of the sequence
+    int first_partial;  // partial 0 in [num_heads, num_queries, topk, subs, group_size]; they are group_size apart
 };
 
-__device__ __forceinline__ SlotPartial load_slot_partial(const Geometry& g, const SlotRow& r, int i) {
-    SlotPartial s = {false, 0, 0, 0};
-    if (i >= g.topk * g.subs) return s;
-    const int slot = g.subs == 1 ? i : i / g.subs;
-    s.sub = i - slot * g.subs;
-    const int id = __ldg(r.block_ids + slot);
-    s.used = slot_attends(id, g.block_size, s.sub * (g.block_size / g.subs), r.last_key);
-    s.row = r.partial_row + static_cast<int64_t>(i) * g.group_size;
-    s.block = r.first_block + id;
-    return s;
+__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
+    const RowPosition position = position_of_row(g, row);
+    const int token = g.query_begin + position.query;
+    const int sequence = sequence_of_query(g.sequences, token);
+    SlotRow r;
+    r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
+    r.first_cell = position.head * g.num_blocks + first_block(g.sequences, sequence, g.block_size);
+    r.first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
+    return r;
 }
 
-// sum += weight * partial over the kLanes partials whose weights the lanes hold. Every lane reads 16 bytes a partial;
-// all reads of a batch are in flight together. Partials of weight 0 are not read: main may not have written them.
-template <typename Partial, int kLanes>
-__device__ __forceinline__ void accumulate_partials(
-    float (&sum)[8], const Partial* first_chunk, int64_t row_stride, float weight, int count, bool chunk_exists) {
-    constexpr int kBatch = 8;
-    static_assert(kLanes % kBatch == 0);
-    for (int first = 0; first < min(kLanes, count); first += kBatch) {
-        uint4 chunks[kBatch];
-        float weights[kBatch];
+// The block that partial i of a row belongs to, -1 behind the last.
+__device__ __forceinline__ int load_block_id(const Geometry& g, const int32_t* topk_idx, int row, int i) {
+    if (i >= g.topk * g.subs) return -1;
+    const RowPosition r = position_of_row(g, row);
+    const int64_t token = static_cast<int64_t>(g.head_begin + r.head) * g.sequences.total_q + g.query_begin + r.query;
+    return __ldg(topk_idx + token * g.topk + g.by_subs.quotient(i));
+}
+
+// Whether main wrote partial i of a row.
+__device__ __forceinline__ bool partial_exists(const Geometry& g, const SlotRow& r, int block_id, int i) {
+    const int sub = i - g.by_subs.quotient(i) * g.subs;
+    return slot_attends(block_id, g.block_size, sub * g.by_subs.quotient(g.block_size), r.last_key);
+}
+
+// Requests this lane's chunk, 8 elements, of each partial of a batch; zero where there is none, for what main did not
+// write must not be read. Lane i says whether partial i exists. `from` is the lane's chunk of partial 0, `stride` the
+// elements between two partials.
+template <int kLanes, typename Partial>
+__device__ __forceinline__ void load_partials(
+    uint4 (&chunks)[ReduceTraits<kLanes>::kBatch], const Partial* from, int64_t stride, bool exists,
+    bool columns_exist) {
+    const unsigned of_warp = __ballot_sync(~0u, exists);
+    const unsigned of_row = columns_exist ? of_warp >> (threadIdx.x % 32 / kLanes * kLanes) : 0u;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            weights[i] = __shfl_sync(~0u, weight, first + i, kLanes);
-            chunks[i] = make_uint4(0, 0, 0, 0);
-            if (weights[i] != 0.f && chunk_exists) {
-                chunks[i] = __ldcs(reinterpret_cast<const uint4*>(first_chunk + (first + i) * row_stride));
-            }
-        }
+    for (int i = 0; i < ReduceTraits<kLanes>::kBatch; ++i) {
+        chunks[i] = make_uint4(0, 0, 0, 0);
+        if (of_row >> i & 1) chunks[i] = __ldcs(reinterpret_cast<const uint4*>(from));
+        from += stride;
+    }
+}
+
+// sum += weight * chunk
+template <typename T>
+__device__ __forceinline__ void add_chunk(float (&sum)[8], const uint4& chunk, float weight) {
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const uint32_t words[4] = {chunks[i].x, chunks[i].y, chunks[i].z, chunks[i].w};
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const float2 x = HalfType<Partial>::unpack(words[w]);
-                sum[2 * w] = fmaf(weights[i], x.x, sum[2 * w]);
-                sum[2 * w + 1] = fmaf(weights[i], x.y, sum[2 * w + 1]);
-            }
-        }
+    for (int w = 0; w < 4; ++w) {
+        const float2 x = HalfType<T>::unpack(words[w]);
+        sum[2 * w] = fmaf(weight, x.x, sum[2 * w]);
+        sum[2 * w + 1] = fmaf(weight, x.y, sum[2 * w + 1]);
     }
 }
 
 template <typename T>
-__device__ __forceinline__ void store_row_chunk(T* chunk, const float (&x)[8]) {
+__device__ __forceinline__ void store_chunk(T* chunk, const float (&x)[8]) {
     *reinterpret_cast<uint4*>(chunk) = make_uint4(
         HalfType<T>::pack(x[0], x[1]), HalfType<T>::pack(x[2], x[3]), HalfType<T>::pack(x[4], x[5]),
         HalfType<T>::pack(x[6], x[7]));
+}
+
+// Query head of a row among those of the tensors.
+__device__ __forceinline__ int64_t query_head(const Geometry& g, const RowPosition& r) {
+    return static_cast<int64_t>(g.head_begin + r.head) * g.group_size + r.group_head;
 }
 
 }  // namespace fsa

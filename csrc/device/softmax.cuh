@@ -26,6 +26,11 @@ __device__ __forceinline__ float log2_sum_exp(float shift, float sum) {
     return sum == 0.f ? -INFINITY : shift + __log2f(sum);
 }
 
+// 2^exponent, exact; exponents from -126 to 127.
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __int_as_float((127 + exponent) << 23);
+}
+
 // Over the four lanes that share a row of an accumulator fragment.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

@@ -8,7 +8,6 @@
 namespace fsa {
 
 struct WorkItem {
-    int index;  // its number in the loop over work items and sub-blocks
     int cell;
     int head;     // KV head, counted from the chunk's first
     int kv_head;  // KV head of the tensors
@@ -29,7 +28,6 @@ __device__ __forceinline__ void load_work_item(
     const int entry_index = g.subs == 1 ? index : index / g.subs;
     const int4 entry = __ldg(plan.work_items + entry_index);
     item = {};
-    item.index = index;
     if (entry.x < 0) return;
     item.cell = entry.x;
     item.head = entry.x / g.num_blocks;
@@ -48,15 +46,25 @@ __device__ __forceinline__ void load_work_item(
     item.visible_end = visible.end - item.first_key;
 }
 
-// Work item `index`, put into shared memory for the whole CTA: the inner loops need their registers for other things.
-// False when there is nothing to do. All threads take part, and all are done with the item before when the first of
-// them returns.
+// Takes the next number of the loop over work items and sub-blocks: CTAs take them as they get done, for items differ
+// in length. Thread 0's alone means anything.
+__device__ __forceinline__ int claim_work_item(const PlanView& plan) {
+    return threadIdx.x == 0 ? atomicAdd(plan.next_item, 1) : 0;
+}
+
+// The work item that was claimed, or the next one that holds something to do, put into shared memory for the whole CTA
+// (the inner loops need their registers for other things); claims the one after it, long before it is asked for. False
+// at the end of the list. All threads take part, and all are done with the item before when the first of them returns.
 __device__ __forceinline__ bool fetch_work_item(
-    WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int index) {
+    WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int& claimed) {
+    const int end = plan.max_items * g.subs;
     __syncthreads();
     if (threadIdx.x == 0) {
-        WorkItem item;
-        load_work_item(item, g, plan, tile_k, index);
+        WorkItem item = {};
+        while (item.num_keys <= 0 && claimed < end) {
+            load_work_item(item, g, plan, tile_k, claimed);
+            claimed = claim_work_item(plan);
+        }
         *shared = item;
     }
     __syncthreads();

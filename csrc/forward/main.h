@@ -11,4 +11,8 @@ namespace fsa {
 template <typename T, int kHeadDim, int kTileK>
 void launch_forward_main(const ForwardMainParams& params, cudaStream_t stream);
 
+// The same for GPUs of compute capability 9.0. Instantiated by main_sm90_inst.cu.in.
+template <typename T, int kHeadDim, int kTileK>
+void launch_forward_main_sm90(const ForwardMainParams& params, cudaStream_t stream);
+
 }  // namespace fsa

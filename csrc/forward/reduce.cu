@@ -9,7 +9,6 @@
 namespace fsa {
 namespace {
 
-constexpr int kThreads = 256;
 // Sums of 512 slots of 8 sub-blocks exceed their largest value by at most 2^12: they are made that much smaller.
 constexpr int kHeadroom = 12;
 
@@ -27,64 +26,74 @@ __device__ __forceinline__ float group_sum(float x) {
     return x;
 }
 
-// kLanes lanes a (query, head) row, lane i on columns 8i .. 8i+7; rows behind the last repeat it and store nothing.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) forward_reduce(ForwardReduceParams p) {
+__global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<kLanes>::kMinCtas)
+    forward_reduce(const __grid_constant__ ForwardReduceParams p) {
+    constexpr int kBatch = ReduceTraits<kLanes>::kBatch;
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % kLanes, num_partials = g.topk * g.subs;
-    const int num_rows = g.num_heads * g.num_queries * g.group_size;
-    const int own_row = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
-    const SlotRow row = load_slot_row(g, p.topk_idx, min(own_row, num_rows - 1));
-    const int column = 8 * lane;
-    const bool chunk_exists = column < g.head_dim;
+    const int lane = threadIdx.x % kLanes, column = 8 * lane, num_partials = g.topk * g.subs;
+    const int64_t stride = static_cast<int64_t>(g.group_size) * g.head_dim;
 
-    auto lse_of = [&](const SlotPartial& s) { return s.used ? __ldg(p.lse_partial + s.row) : -INFINITY; };
+    int block_id = load_block_id(g, p.topk_idx, row_of_tile<kLanes>(g, blockIdx.x), lane);
+    for (int tile = blockIdx.x; tile < ReduceTraits<kLanes>::num_tiles(g); tile += gridDim.x) {
+        const int row = row_of_tile<kLanes>(g, tile);
+        const SlotRow slots = load_slot_row(g, row);
+        float out[8] = {}, maximum = -INFINITY, shift = 0.f, sum = 0.f;
+        for (int first = 0; first < num_partials; first += kBatch) {
+            const int i = first + lane;
+            const bool exists = lane < kBatch && partial_exists(g, slots, block_id, i);
+            float lse = -INFINITY;
+            int exponent = 0;
+            if (exists) {
+                const int64_t sub_block = static_cast<int64_t>(slots.first_cell + block_id) * g.subs;
+                lse = __ldg(p.lse_partial + slots.first_partial + i * g.group_size);
+                exponent = __ldg(p.value_exponent + sub_block + (i - g.by_subs.quotient(i) * g.subs));
+            }
+            block_id = first + kBatch < num_partials
+                           ? load_block_id(g, p.topk_idx, row, first + kBatch + lane)
+                           : load_block_id(g, p.topk_idx, row_of_tile<kLanes>(g, tile + gridDim.x), lane);
+            uint4 chunks[kBatch];
+            const int64_t first_partial = slots.first_partial + static_cast<int64_t>(first) * g.group_size;
+            load_partials<kLanes>(
+                chunks, p.o_partial + first_partial * g.head_dim + column, stride, exists, column < g.head_dim);
 
-    float maximum = -INFINITY;
-    for (int first = 0; first < num_partials; first += kLanes) {
-        maximum = fmaxf(maximum, lse_of(load_slot_partial(g, row, first + lane)));
-    }
-    const float shift = finite_shift(group_max<kLanes>(maximum));
+            // A branch, behind which the compiler leaves what waits for lse: in front of it, all loads.
+            if (!__any_sync(~0u, exists)) continue;
 
-    float out[8] = {}, sum = 0.f;
-    for (int first = 0; first < num_partials; first += kLanes) {
-        const SlotPartial partial = load_slot_partial(g, row, first + lane);
-        float weight = 0.f;
-        if (partial.used) {
-            weight = exp2_approx(lse_of(partial) - shift);
-            sum += weight;
-            const int64_t cell = static_cast<int64_t>(row.head) * g.num_blocks + partial.block;
-            weight = ldexpf(weight, __ldg(p.value_exponent + cell * g.subs + partial.sub) - kHeadroom);
-        }
-        const __half* chunk =
-            p.o_partial + (row.partial_row + static_cast<int64_t>(first) * g.group_size) * g.head_dim + column;
-        accumulate_partials<__half, kLanes>(
-            out, chunk, static_cast<int64_t>(g.group_size) * g.head_dim, weight, num_partials - first, chunk_exists);
-    }
-    sum = group_sum<kLanes>(sum);
-
-    if (own_row >= num_rows) return;
-    const float scale = ldexpf(reciprocal_or_zero(sum), kHeadroom);
+            const float maximum_before = maximum;
+            maximum = fmaxf(maximum, group_max<kLanes>(lse));
+            shift = finite_shift(maximum);
+            const float kept = exp2_approx(maximum_before - shift);
+            float weight = exp2_approx(lse - shift);
+            sum = fmaf(sum, kept, weight);
+            weight *= power_of_two(exponent - kHeadroom);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] *= scale;
-    const int64_t token = g.query_begin + row.query;
-    const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
-    const int64_t head = static_cast<int64_t>(g.head_begin + row.head) * g.group_size + row.group_head;
-    if (chunk_exists)
-        store_row_chunk(static_cast<T*>(p.out) + (token * num_query_heads + head) * g.head_dim + column, out);
-    if (lane == 0) p.lse[head * g.sequences.total_q + token] = log2_sum_exp(shift, sum) * kLn2;
+            for (float& x : out) x *= kept;
+#pragma unroll
+            for (int k = 0; k < kBatch; ++k) add_chunk<__half>(out, chunks[k], __shfl_sync(~0u, weight, k, kLanes));
+        }
+        sum = group_sum<kLanes>(sum);
+
+        const float scale = reciprocal_or_zero(sum) * power_of_two(kHeadroom);
+#pragma unroll
+        for (float& x : out) x *= scale;
+        const RowPosition position = position_of_row(g, row);
+        const int64_t token = g.query_begin + position.query, head = query_head(g, position);
+        const int64_t num_query_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
+        if (column < g.head_dim)
+            store_chunk(static_cast<T*>(p.out) + (token * num_query_heads + head) * g.head_dim + column, out);
+        if (lane == 0) p.lse[head * g.sequences.total_q + token] = log2_sum_exp(shift, sum) * kLn2;
+    }
 }
 
 }  // namespace
 
 template <typename T>
 void launch_forward_reduce(const ForwardReduceParams& p, cudaStream_t stream) {
-    const Geometry& g = p.geometry;
-    const int num_rows = g.num_heads * g.num_queries * g.group_size;
-    dispatch_row_lanes(g.head_dim, [&](auto lanes) {
-        constexpr int kLanes = decltype(lanes)::value;
-        const int ctas = (num_rows - 1) / (kThreads / kLanes) + 1;
-        launch("forward_reduce", forward_reduce<T, kLanes>, {dim3(ctas), kThreads, 0}, p, stream);
+    dispatch_row_lanes(p.geometry.head_dim, [&](auto lanes) {
+        using Traits = ReduceTraits<decltype(lanes)::value>;
+        const int ctas = min(Traits::num_tiles(p.geometry), sm_count() * Traits::kMinCtas);
+        launch("forward_reduce", forward_reduce<T, lanes>, {dim3(ctas), Traits::kThreads, 0}, p, stream);
     });
 }
 

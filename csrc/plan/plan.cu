@@ -1,12 +1,10 @@
-// A stable counting sort of the edges by cell: count by part of the queries, one prefix sum over (cell, part), fill.
+// A stable counting sort of the edges by cell, where a cell is (KV head, query range, KV block).
 //
-// A part is a run of query tokens that one CTA counts and later fills; inside it every warp owns a run of its own.
-// Prefix sums over (cell, part) and over (cell, warp) say where each warp writes, so the order of a cell's edges is
-// that of the queries and no two runs of the program differ. Nothing is sorted by comparison and no result depends on
-// the order of atomics.
+// A part is a run of query tokens inside a range, which one CTA counts (plan_count) and later fills in (plan_fill);
+// there, every warp owns a run of its own. Prefix sums over the cells, over the parts of a cell (plan_prefix) and over
+// the warps of a part say where each warp writes, so the edges of a cell come in the order of the queries and no two
+// runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics.
 #include "plan/plan.h"
-
-#include <cub/device/device_scan.cuh>
 
 #include "device/ptx.cuh"
 #include "device/sequence.cuh"
@@ -17,171 +15,362 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Cells that a CTA counts in shared memory: 8 warps x 2048 x 4 bytes = 64 KB. Longer sequences (131,072 tokens in
-// blocks of 64) are counted window by window.
+// Blocks that a CTA counts in shared memory: in plan_fill 8 warps x 2048 x 4 bytes = 64 KB of it. Longer sequences (131,072
+// tokens in blocks of 64) are counted window by window.
 constexpr int kWindow = 2048;
-constexpr int kInFlight = 4;  // steps of 32 edges whose block ids are loaded ahead of their use
+static_assert(kWindow % kPlanGroup == 0, "the cells before a window are whole groups");
+constexpr int kTileQueries = 1024;  // queries whose visible blocks lie in shared memory: 8 KB
+// Block ids that a thread asks for at a time: plan_count waits for memory, plan_fill for L2, and its code is longer.
+constexpr int kCountInFlight = 16;
+constexpr int kFillInFlight = 8;
+constexpr int kPrefixWarps = 16;  // of plan_prefix, where every warp sums some of the parts
+constexpr int kPrefixThreads = kPrefixWarps * 32;
 
-// The query tokens [begin, end) of a run, relative to the chunk.
-struct QueryRange {
+// [begin, end) of queries, relative to the chunk, or of edges
+struct Run {
     int begin, end;
 };
 
-__device__ __forceinline__ QueryRange split(QueryRange range, int pieces, int piece) {
-    const int each = (range.end - range.begin + pieces - 1) / pieces;
-    const int begin = min(range.begin + piece * each, range.end);
-    return {begin, min(begin + each, range.end)};
+__device__ __forceinline__ Run split(Run run, int pieces, int piece) {
+    const int each = (run.end - run.begin + pieces - 1) / pieces;
+    const int begin = min(run.begin + piece * each, run.end);
+    return {begin, min(begin + each, run.end)};
 }
 
-// The block (among all blocks of all sequences) that an edge selects, or -1 when its slot attends to nothing.
-__device__ __forceinline__ int block_of_edge(const PlanParams& p, int head, int edge) {
+// What a CTA of plan_count and of plan_fill works on: the edges from a part's queries to the blocks of a window.
+struct Share {
+    int head;
+    int first_cell;    // of the window
+    Run queries;       // of the part
+    int window_begin;  // block
+    int window;        // blocks
+    int64_t counts;    // index of the window's first block in PlanParams::counts
+};
+
+__device__ __forceinline__ Share own_share(const PlanParams& p) {
     const Geometry& g = p.geometry;
-    const int query = g.query_begin + g.by_topk.quotient(edge);
-    const int64_t row = static_cast<int64_t>(g.head_begin + head) * g.sequences.total_q + g.query_begin;
-    const int id = __ldg(p.topk_idx + row * g.topk + edge);
-    const int sequence = sequence_of_query(g.sequences, query);
-    const SequenceBounds bounds = sequence_bounds(g.sequences, sequence);
-    if (!slot_attends(id, g.block_size, 0, last_visible_key(bounds, query, g.causal))) return -1;
-    return first_block(g.sequences, sequence, g.block_size) + id;
+    const int part = blockIdx.x, head_and_range = blockIdx.y;
+    Share s;
+    s.head = head_and_range / p.num_ranges;
+    const Run range = split({0, g.num_queries}, p.num_ranges, head_and_range - s.head * p.num_ranges);
+    s.queries = split(range, p.parts, part);
+    s.window_begin = blockIdx.z * kWindow;
+    s.window = min(kWindow, g.num_blocks - s.window_begin);
+    s.first_cell = head_and_range * g.num_blocks + s.window_begin;
+    s.counts = (static_cast<int64_t>(head_and_range) * p.parts + part) * g.num_blocks + s.window_begin;
+    return s;
 }
 
-__device__ __forceinline__ int64_t count_index(const PlanParams& p, int head, int block, int part) {
-    return (static_cast<int64_t>(head) * p.geometry.num_blocks + block) * p.parts + part;
-}
+// The blocks that a query's ids name: id 0 is block `first` of the window, and those below num_visible attend.
+struct QueryBlocks {
+    int first;
+    int num_visible;
+};
 
-__global__ void __launch_bounds__(kThreads) plan_count(PlanParams p) {
-    __shared__ int counts[kWindow];
-    const Geometry& g = p.geometry;
-    const int part = blockIdx.x, head = blockIdx.y;
-    const int window_begin = blockIdx.z * kWindow, window = min(kWindow, g.num_blocks - window_begin);
-
-    for (int i = threadIdx.x; i < window; i += kThreads) counts[i] = 0;
-    __syncthreads();
-
-    const QueryRange queries = split({0, g.num_queries}, p.parts, part);
-    for (int edge = queries.begin * g.topk + threadIdx.x; edge < queries.end * g.topk; edge += kThreads) {
-        const unsigned cell = static_cast<unsigned>(block_of_edge(p, head, edge) - window_begin);
-        if (cell < static_cast<unsigned>(window)) atomicAdd(&counts[cell], 1);
-    }
-    __syncthreads();
-
-    for (int i = threadIdx.x; i < window; i += kThreads)
-        p.counts[count_index(p, head, window_begin + i, part)] = counts[i];
-    if (blockIdx.x + blockIdx.y + blockIdx.z == 0 && threadIdx.x == 0) {
-        p.counts[count_index(p, g.num_heads, 0, 0)] = 0;  // after the prefix sum: the number of edges
+// One search for the sequence a query, not one an edge. The caller synchronises.
+__device__ __forceinline__ void load_query_blocks(
+    QueryBlocks* blocks, const Geometry& g, const Run& queries, int window_begin) {
+    for (int i = threadIdx.x; i < queries.end - queries.begin; i += kThreads) {
+        const int query = g.query_begin + queries.begin + i;
+        const int sequence = sequence_of_query(g.sequences, query);
+        const int last_key = last_visible_key(sequence_bounds(g.sequences, sequence), query, g.causal);
+        blocks[i] = {
+            first_block(g.sequences, sequence, g.block_size) - window_begin, visible_blocks(g.block_size, last_key)};
     }
 }
 
-__global__ void __launch_bounds__(kThreads) plan_fill(PlanParams p) {
-    int* all_cursors = static_cast<int*>(dynamic_shared_memory());  // [kWarps][window]: where a warp writes next
-    const Geometry& g = p.geometry;
-    const int part = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int window_begin = blockIdx.z * kWindow, window = min(kWindow, g.num_blocks - window_begin);
-    int* cursors = all_cursors + warp * window;
+// A tile of a part: up to kTileQueries queries.
+struct Tile {
+    const QueryBlocks* blocks;  // [queries], in shared memory
+    const int32_t* ids;         // of the head's edges, from the chunk's first on
+    Run queries;
+    int window;
+    const FastDivider& by_topk;
 
-    for (int i = threadIdx.x; i < kWarps * window; i += kThreads) all_cursors[i] = 0;
-    __syncthreads();
-
-    const QueryRange queries = split(split({0, g.num_queries}, p.parts, part), kWarps, warp);
-    const int edge_end = queries.end * g.topk;
-    auto load_cell = [&](int edge) {
-        const int cell = edge < edge_end ? block_of_edge(p, head, edge) - window_begin : -1;
-        return static_cast<unsigned>(cell) < static_cast<unsigned>(window) ? cell : -1;
-    };
-
-    for (int edge = queries.begin * g.topk + lane; edge < edge_end; edge += 32) {
-        const int cell = load_cell(edge);
-        if (cell >= 0) atomicAdd(&cursors[cell], 1);
-    }
-    __syncthreads();
-
-    for (int i = threadIdx.x; i < window;
-         i += kThreads) {  // counts to cursors: a warp starts where the one before ends
-        int next = p.counts[count_index(p, head, window_begin + i, part)];
-        for (int w = 0; w < kWarps; ++w) {
-            const int count = all_cursors[w * window + i];
-            all_cursors[w * window + i] = next;
-            next += count;
-        }
-    }
-    __syncthreads();
-
-    for (int first = queries.begin * g.topk; first < edge_end; first += 32 * kInFlight) {
-        int cells[kInFlight];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) cells[i] = load_cell(first + i * 32 + lane);
+    // The block of the window that each of the edges `first + i * kStride` < end selects; -1: none, or not of the
+    // window.
+    template <int kStride, int kInFlight>
+    __device__ __forceinline__ void load_blocks(int (&selected)[kInFlight], int first, int end) const {
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-            const int cell = cells[i];
-            const unsigned peers = __match_any_sync(~0u, cell);
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            const int cursor = cell >= 0 ? cursors[cell] : 0;
-            if (cell >= 0) p.csr_edges[cursor + rank] = first + i * 32 + lane;
-            __syncwarp();
-            if (cell >= 0 && rank == 0) cursors[cell] = cursor + __popc(peers);
-            __syncwarp();
+            const int edge = first + i * kStride;
+            selected[i] = edge < end ? __ldg(ids + edge) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int edge = min(first + i * kStride, end - 1);
+            const QueryBlocks& b = blocks[static_cast<int>(by_topk.quotient(edge)) - queries.begin];
+            const bool attends = static_cast<unsigned>(selected[i]) < static_cast<unsigned>(b.num_visible);
+            const unsigned block = static_cast<unsigned>(b.first + selected[i]);
+            selected[i] = attends && block < static_cast<unsigned>(window) ? static_cast<int>(block) : -1;
         }
     }
+};
+
+// Calls f(tile, its edges) for every tile of a part, with all threads of the CTA. blocks: [kTileQueries], shared
+template <typename F>
+__device__ __forceinline__ void for_each_tile(const PlanParams& p, const Share& share, QueryBlocks* blocks, F&& f) {
+    const Geometry& g = p.geometry;
+    const int64_t first_query = static_cast<int64_t>(g.head_begin + share.head) * g.sequences.total_q + g.query_begin;
+    for (int begin = share.queries.begin; begin < share.queries.end; begin += kTileQueries) {
+        const Run queries = {begin, min(begin + kTileQueries, share.queries.end)};
+        __syncthreads();  // the tile before is done with
+        load_query_blocks(blocks, g, queries, share.window_begin);
+        __syncthreads();
+        const Tile tile = {blocks, p.topk_idx + first_query * g.topk, queries, share.window, g.by_topk};
+        f(tile, Run{queries.begin * g.topk, queries.end * g.topk});
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ PlanParams p) {
+    __shared__ int counts[kWindow];
+    __shared__ QueryBlocks tile_blocks[kTileQueries];
+    const Share share = own_share(p);
+    for (int i = threadIdx.x; i < share.window; i += kThreads) counts[i] = 0;
+    for_each_tile(p, share, tile_blocks, [&](const Tile& tile, const Run& edges) {
+#pragma unroll 1
+        for (int first = edges.begin + threadIdx.x; first < edges.end; first += kCountInFlight * kThreads) {
+            int blocks[kCountInFlight];
+            tile.load_blocks<kThreads>(blocks, first, edges.end);
+#pragma unroll
+            for (const int block : blocks) {
+                if (block >= 0) atomicAdd(&counts[block], 1);
+            }
+        }
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < share.window; i += kThreads) p.counts[share.counts + i] = counts[i];
+}
+
+// A CTA a group of cells, a lane a cell: how many of the cell's edges stand in earlier parts, and how many there are.
+__global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_constant__ PlanParams p) {
+    static_assert(kPlanGroup == 32, "a lane a cell");
+    __shared__ int sums[kPrefixWarps][32];
+    const Geometry& g = p.geometry;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = blockIdx.x, head_and_range = blockIdx.y;
+    const int block = group * kPlanGroup + lane;
+    const bool exists = block < g.num_blocks;
+    const Run parts = split({0, p.parts}, kPrefixWarps, warp);
+    int32_t* counts = p.counts + static_cast<int64_t>(head_and_range) * p.parts * g.num_blocks + block;
+
+    auto for_each_count = [&](auto&& f) {
+        constexpr int kBatch = 8;
+        for (int first = parts.begin; first < parts.end; first += kBatch) {
+            int batch[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int part = first + i;
+                batch[i] = exists && part < parts.end ? counts[static_cast<int64_t>(part) * g.num_blocks] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) f(batch[i], first + i);
+        }
+    };
+
+    int sum = 0;
+    for_each_count([&](int count, int) { sum += count; });
+    sums[warp][lane] = sum;
+    __syncthreads();
+    int before = 0;
+    for (int w = 0; w < warp; ++w) before += sums[w][lane];
+    for_each_count([&](int count, int part) {
+        if (exists && part < parts.end) counts[static_cast<int64_t>(part) * g.num_blocks] = before;
+        before += count;
+    });
+
+    if (warp == kPrefixWarps - 1) {
+        if (exists) p.cell_edges[static_cast<int64_t>(head_and_range) * g.num_blocks + block] = before;
+        int of_group = before;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) of_group += __shfl_xor_sync(~0u, of_group, step);
+        if (lane == 0) p.group_edges[static_cast<int64_t>(head_and_range) * gridDim.x + group] = of_group;
+    }
+}
+
+struct PrefixSum {
+    int before, total;
+};
+
+// Over the threads of a CTA, all of which take part. sums: [kWarps], shared
+__device__ __forceinline__ PrefixSum cta_prefix_sum(int value, int* sums) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int inclusive = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int left = __shfl_up_sync(~0u, inclusive, step);
+        if (lane >= step) inclusive += left;
+    }
+    __syncthreads();  // of an earlier call all have read
+    if (lane == 31) sums[warp] = inclusive;
+    __syncthreads();
+    PrefixSum result = {inclusive - value, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) result.before += sums[w];
+        result.total += sums[w];
+    }
+    return result;
+}
+
+// csr_offsets of a window's cells, [window + 1], in shared memory.
+__device__ __forceinline__ void load_offsets(int* offsets, int* sums, const PlanParams& p, const Share& share) {
+    const int groups_a_range = (p.geometry.num_blocks + kPlanGroup - 1) / kPlanGroup;
+    const int first_group = blockIdx.y * groups_a_range + share.window_begin / kPlanGroup;
+    int earlier = 0;
+    for (int i = threadIdx.x; i < first_group; i += kThreads) earlier += p.group_edges[i];
+    const int before_window = cta_prefix_sum(earlier, sums).total;
+
+    const Run own = split({0, share.window}, kThreads, threadIdx.x);
+    int sum = 0;
+    for (int i = own.begin; i < own.end; ++i) sum += p.cell_edges[share.first_cell + i];
+    const PrefixSum cells = cta_prefix_sum(sum, sums);
+    int next = before_window + cells.before;
+    for (int i = own.begin; i < own.end; ++i) {
+        offsets[i] = next;
+        next += p.cell_edges[share.first_cell + i];
+    }
+    if (threadIdx.x == 0) offsets[share.window] = before_window + cells.total;
+    __syncthreads();
 }
 
 // Work item i of cell c is entry csr_offsets[c] / edges_per_item + c + i of the list. A cell of n edges has
 // ceil(n / edges_per_item) items and the entries up to the next cell's first are at least as many, so entries need no
-// prefix sum; those left over are marked unused. A warp a cell: a block that everyone selects has thousands of items.
-__global__ void __launch_bounds__(kThreads) plan_work_items(PlanParams p) {
+// prefix sum; those left over are marked unused. The CTAs of a window share its cells, and the warps of a CTA: a block
+// that everyone selects has thousands of items.
+__device__ __forceinline__ void store_work_items(const int* offsets, const PlanParams& p, const Share& share) {
     const Geometry& g = p.geometry;
-    const int num_cells = g.num_heads * g.num_blocks, num_threads = gridDim.x * kThreads;
-    const int thread = blockIdx.x * kThreads + threadIdx.x, lane = thread % 32;
-    const int num_edges = p.counts[static_cast<int64_t>(num_cells) * p.parts];
-
-    for (int cell = thread / 32; cell < num_cells; cell += num_threads / 32) {
-        const int begin = p.counts[static_cast<int64_t>(cell) * p.parts];
-        const int end = p.counts[static_cast<int64_t>(cell + 1) * p.parts];
-        const int sequence = sequence_of_block(g.sequences, cell % g.num_blocks, g.block_size);
-        if (lane == 0) p.csr_offsets[cell] = begin;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int4 unused = make_int4(-1, 0, 0, 0);
+    const Run own = split({0, share.window}, p.parts, blockIdx.x);
+    for (int i = own.begin + warp; i < own.end; i += kWarps) {
+        const int cell = share.first_cell + i, block = share.window_begin + i;
+        const int begin = offsets[i], end = offsets[i + 1];
+        const int sequence = sequence_of_block(g.sequences, block, g.block_size);
         const int first_entry = begin / p.edges_per_item + cell,
                   num_entries = end / p.edges_per_item + cell + 1 - first_entry;
-        for (int i = lane; i < num_entries; i += 32) {
-            const int edge = begin + i * p.edges_per_item;
-            p.work_items[first_entry + i] = edge < end
-                                                ? make_int4(cell, edge, min(edge + p.edges_per_item, end), sequence)
-                                                : make_int4(-1, 0, 0, 0);
+        for (int k = lane; k < num_entries; k += 32) {
+            const int edge = begin + k * p.edges_per_item;
+            p.work_items[first_entry + k] =
+                edge < end
+                    ? make_int4(share.head * g.num_blocks + block, edge, min(edge + p.edges_per_item, end), sequence)
+                    : unused;
         }
+        if (lane == 0) p.csr_offsets[cell] = begin;
     }
-    if (thread == 0) p.csr_offsets[num_cells] = num_edges;
-    for (int entry = num_edges / p.edges_per_item + num_cells + thread; entry < p.max_items; entry += num_threads) {
-        p.work_items[entry] = make_int4(-1, 0, 0, 0);
+
+    const bool last_window = blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1;
+    if (!last_window) return;
+    const int num_cells = share.first_cell + share.window, num_edges = offsets[share.window];
+    const int thread = blockIdx.x * kThreads + threadIdx.x;
+    for (int entry = num_edges / p.edges_per_item + num_cells + thread; entry < p.max_items;
+         entry += gridDim.x * kThreads) {
+        p.work_items[entry] = unused;
     }
+    if (thread == 0) {
+        p.csr_offsets[num_cells] = num_edges;
+        *p.next_item = 0;
+    }
+}
+
+// Shared memory of plan_fill, all of it dynamic: CUDA's limit for kernels that ask for nothing counts both kinds.
+struct FillMemory {
+    QueryBlocks* tile_blocks;  // [kTileQueries]
+    int* sums;                 // [kWarps]
+    int* offsets;              // [window + 1]: csr_offsets
+    int* cta_next;             // [window]: where the next tile's first edge of a block goes
+    int* warp_next;            // [kWarps][window]: the same of a warp inside a tile
+};
+
+constexpr int fill_memory_bytes(int window) {
+    return kTileQueries * static_cast<int>(sizeof(QueryBlocks)) +
+           (kWarps + window + 1 + window + kWarps * window) * static_cast<int>(sizeof(int));
+}
+
+__device__ __forceinline__ FillMemory carve_fill_memory(void* shared, int window) {
+    FillMemory m;
+    m.tile_blocks = static_cast<QueryBlocks*>(shared);
+    m.sums = reinterpret_cast<int*>(m.tile_blocks + kTileQueries);
+    m.offsets = m.sums + kWarps;
+    m.cta_next = m.offsets + window + 1;
+    m.warp_next = m.cta_next + window;
+    return m;
+}
+
+// What the warps counted in a tile becomes where they write: a warp starts where the one before ends.
+__device__ __forceinline__ void counts_to_positions(const FillMemory& shared, int window) {
+    for (int i = threadIdx.x; i < window; i += kThreads) {
+        int next = shared.cta_next[i];
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) {
+            const int count = shared.warp_next[warp * window + i];
+            shared.warp_next[warp * window + i] = next;
+            next += count;
+        }
+        shared.cta_next[i] = next;
+    }
+}
+
+// Two CTAs an SM: tiling.plan_parts makes that many.
+__global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__ PlanParams p) {
+    const Share share = own_share(p);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, window = share.window;
+    const FillMemory shared = carve_fill_memory(dynamic_shared_memory(), window);
+    int* next = shared.warp_next + warp * window;
+
+    load_offsets(shared.offsets, shared.sums, p, share);
+    store_work_items(shared.offsets, p, share);
+    for (int i = threadIdx.x; i < window; i += kThreads) {
+        shared.cta_next[i] = shared.offsets[i] + p.counts[share.counts + i];
+    }
+
+    for_each_tile(p, share, shared.tile_blocks, [&](const Tile& tile, const Run& edges) {
+        const Run own = split(edges, kWarps, warp);
+        for (int i = lane; i < window; i += 32) next[i] = 0;
+        __syncwarp();
+#pragma unroll 1
+        for (int first = own.begin + lane; first - lane < own.end; first += kFillInFlight * 32) {
+            int blocks[kFillInFlight];
+            tile.load_blocks<32>(blocks, first, own.end);
+#pragma unroll
+            for (const int block : blocks) {
+                if (block >= 0) atomicAdd(&next[block], 1);
+            }
+        }
+        __syncthreads();
+        counts_to_positions(shared, window);
+        __syncthreads();
+
+#pragma unroll 1
+        for (int first = own.begin + lane; first - lane < own.end; first += kFillInFlight * 32) {
+            int blocks[kFillInFlight];
+            unsigned peers[kFillInFlight];  // lanes whose edges belong to the same cell
+            tile.load_blocks<32>(blocks, first, own.end);
+#pragma unroll
+            for (int i = 0; i < kFillInFlight; ++i) peers[i] = __match_any_sync(~0u, blocks[i]);
+#pragma unroll
+            for (int i = 0; i < kFillInFlight; ++i) {
+                const int block = blocks[i], rank = __popc(peers[i] & ((1u << lane) - 1));
+                const int position = block >= 0 ? next[block] : 0;
+                if (block >= 0) p.csr_edges[position + rank] = first + i * 32;
+                __syncwarp();
+                if (block >= 0 && rank == 0) next[block] = position + __popc(peers[i]);
+                __syncwarp();
+            }
+        }
+    });
 }
 
 }  // namespace
 
-size_t plan_scan_scratch_bytes(int num_counts) {
-    size_t bytes = 0;
-    check_cuda(
-        cub::DeviceScan::ExclusiveSum(
-            nullptr, bytes, static_cast<int32_t*>(nullptr), static_cast<int32_t*>(nullptr), num_counts),
-        "plan");
-    return bytes;
-}
-
 void launch_plan(const PlanParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
-    const int windows = (g.num_blocks + kWindow - 1) / kWindow;
-    const dim3 grid(p.parts, g.num_heads, windows);
-    launch("plan_count", plan_count, {grid, kThreads, 0}, p, stream);
-
-    size_t scratch_bytes = p.scan_scratch_bytes;
-    const int num_counts = g.num_heads * g.num_blocks * p.parts + 1;
-    check_cuda(
-        cub::DeviceScan::ExclusiveSum(p.scan_scratch, scratch_bytes, p.counts, p.counts, num_counts, stream),
-        "plan_scan");
-
-    const int num_cells = g.num_heads * g.num_blocks;
-    const int item_ctas = min((num_cells + kWarps - 1) / kWarps, 4 * sm_count());
-    launch("plan_work_items", plan_work_items, {dim3(item_ctas), kThreads, 0}, p, stream);
-
-    const int fill_bytes = kWarps * min(kWindow, g.num_blocks) * static_cast<int>(sizeof(int));
-    launch("plan_fill", plan_fill, {grid, kThreads, fill_bytes}, p, stream);
+    const int heads_and_ranges = g.num_heads * p.num_ranges;
+    const dim3 shares(p.parts, heads_and_ranges, (g.num_blocks + kWindow - 1) / kWindow);
+    const dim3 groups((g.num_blocks + kPlanGroup - 1) / kPlanGroup, heads_and_ranges);
+    const int fill_bytes = fill_memory_bytes(min(kWindow, g.num_blocks));
+    launch("plan_count", plan_count, {shares, kThreads, 0}, p, stream);
+    launch("plan_prefix", plan_prefix, {groups, kPrefixThreads, 0}, p, stream);
+    launch("plan_fill", plan_fill, {shares, kThreads, fill_bytes}, p, stream);
 }
 
 }  // namespace fsa

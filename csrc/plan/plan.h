@@ -1,4 +1,4 @@
-// Stage plan: inverts topk_idx into CSR by (KV head, KV block) and cuts the lists into work items.
+// Stage plan: inverts topk_idx into CSR by (KV head, query range, KV block) and cuts the lists into work items.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,7 @@
 
 namespace fsa {
 
-// Bytes of PlanParams::scan_scratch for this many counts. Touches no device memory.
-size_t plan_scan_scratch_bytes(int num_counts);
+constexpr int kPlanGroup = 32;  // neighbouring blocks whose edges are summed up once, for all cells behind them
 
 void launch_plan(const PlanParams& params, cudaStream_t stream);
 

@@ -1,5 +1,7 @@
 #include "emulator.h"
 
+#include "products.h"
+
 #include <csetjmp>
 #include <cstring>
 #include <deque>
@@ -18,11 +20,12 @@ namespace {
 
 constexpr int kStackBytes = 256 * 1024;
 
-enum class State { kReady, kAtWarp, kAtCta, kEnded };
+enum class State { kReady, kAtWarp, kAtWarpgroup, kAtCta, kEnded };
 
 struct Copy {
     unsigned char* to;
     const void* from;  // null: zeros
+    int bytes;
     int group;
 };
 
@@ -32,14 +35,27 @@ struct Fiber {
     bool started = false;
     std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
     void* argument = nullptr;
-    const char* where = nullptr;
     std::deque<Copy> copies;
     int group = 0;  // copies issued now belong to it
+    int proxy_fences = 0, proxy_fences_at_barrier = 0;
+};
+
+// Of a warp or a warpgroup.
+struct Meeting {
+    int arrived = 0;
+    const char* where = nullptr;
+};
+
+struct SharedWrite {
+    int thread;        // -1: none
+    int proxy_fences;  // of that thread when it wrote
 };
 
 struct Cta {
     std::vector<std::unique_ptr<Fiber>> fibers;  // kept from CTA to CTA for their stacks
     std::vector<unsigned char> shared;
+    std::vector<SharedWrite> writes;                         // one for each 16 bytes of it
+    std::vector<Meeting> warp_meetings, warpgroup_meetings;  // one a warp, one a warpgroup
     int threads = 0;
     int running = 0;
     dim3 index, grid;
@@ -80,20 +96,40 @@ void resume(int thread) {
     setcontext(&context);
 }
 
-// Runs a warp until all of its lanes wait for the CTA or have ended.
-void run_warp(int warp) {
+// All of its lanes wait for the CTA or have ended.
+bool at_barrier(int warp) {
+    const auto lanes = cta.fibers.begin() + warp * 32;
+    return std::all_of(
+        lanes, lanes + 32, [](const auto& f) { return f->state == State::kAtCta || f->state == State::kEnded; });
+}
+
+// Runs a warp until all of its lanes wait for the warpgroup, wait for the CTA or have ended; returns whether any ran.
+bool run_warp(int warp) {
+    bool any_ran = false;
     for (bool progress = true; progress;) {
         progress = false;
         for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
             while (cta.fibers[thread]->state == State::kReady) {
-                progress = true;
+                progress = any_ran = true;
                 resume(thread);
             }
         }
     }
     for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
         if (cta.fibers[thread]->state == State::kAtWarp)
-            fail("lanes wait for lanes that have ended or wait for the CTA");
+            fail("lanes wait for lanes that have ended or wait for the warpgroup or the CTA");
+    }
+    return any_ran;
+}
+
+// Runs a warp to its next barrier. Where it waits for its warpgroup, the others of that come, too: warpgroups are not
+// kept in step with each other.
+void run_warp_to_barrier(int warp, const std::vector<int>& order) {
+    for (bool progress = run_warp(warp); progress && !at_barrier(warp);) {
+        progress = false;
+        for (const int other : order) {
+            if (other / 4 == warp / 4) progress |= run_warp(other);
+        }
     }
 }
 
@@ -106,21 +142,51 @@ void run_cta(std::mt19937& random) {
         fiber.copies.clear();
     }
     std::memset(cta.shared.data(), 0xff, cta.shared.size());  // NaN in every 16- and 32-bit type
+    cta.writes.assign(cta.shared.size() / 16, {-1, 0});
+    cta.warp_meetings.assign(warps, {});
+    cta.warpgroup_meetings.assign(warps / 4, {});
+    begin_products(cta.threads);
     std::vector<int> order(warps);
     for (int i = 0; i < warps; ++i) order[i] = i;
     for (bool any_left = true; any_left;) {
         std::shuffle(order.begin(), order.end(), random);
-        for (const int warp : order) run_warp(warp);
+        for (const int warp : order) run_warp_to_barrier(warp, order);
         any_left = false;
         cta.barrier_result = cta.predicate;
         cta.predicate = false;
         for (int thread = 0; thread < cta.threads; ++thread) {
             Fiber& fiber = *cta.fibers[thread];
+            fiber.proxy_fences_at_barrier = fiber.proxy_fences;
+            if (fiber.state == State::kAtWarpgroup)
+                fail("threads wait for threads of their warpgroup that have ended or wait for the CTA");
             if (fiber.state != State::kAtCta) continue;
             fiber.state = State::kReady;
             any_left = true;
         }
     }
+    end_products();
+}
+
+// The running thread and `kThreads - 1` neighbours meet.
+template <int kThreads>
+void meet(
+    State waiting, Meeting& meeting, const char* where, void* argument,
+    void (*resolve)(void* const (&arguments)[kThreads])) {
+    if (meeting.arrived > 0 && std::strcmp(meeting.where, where) != 0) {
+        fail(
+            kThreads == 32 ? "lanes of a warp meet at different instructions"
+                           : "threads of a warpgroup meet at different instructions");
+    }
+    meeting.where = where;
+    running().argument = argument;
+    running().state = waiting;
+    if (++meeting.arrived < kThreads) return yield_to_scheduler();
+    meeting.arrived = 0;
+    const int first = cta.running / kThreads * kThreads;
+    void* arguments[kThreads];
+    for (int i = 0; i < kThreads; ++i) arguments[i] = cta.fibers[first + i]->argument;
+    resolve(arguments);
+    for (int i = 0; i < kThreads; ++i) cta.fibers[first + i]->state = State::kReady;
 }
 
 }  // namespace
@@ -164,20 +230,13 @@ int shared_memory_bytes() {
 }
 
 void meet_warp(const char* where, void* argument, void (*resolve)(void* const (&arguments)[32])) {
-    Fiber& own = running();
-    own.argument = argument;
-    own.where = where;
-    own.state = State::kAtWarp;
-    const int first = cta.running / 32 * 32;
-    void* arguments[32];
-    for (int lane = 0; lane < 32; ++lane) {
-        const Fiber& fiber = *cta.fibers[first + lane];
-        if (fiber.state != State::kAtWarp) return yield_to_scheduler();
-        if (std::strcmp(fiber.where, where) != 0) fail("lanes of a warp meet at different instructions");
-        arguments[lane] = fiber.argument;
-    }
-    resolve(arguments);
-    for (int lane = 0; lane < 32; ++lane) cta.fibers[first + lane]->state = State::kReady;
+    meet<32>(State::kAtWarp, cta.warp_meetings[cta.running / 32], where, argument, resolve);
+}
+
+void meet_warpgroup(const char* where, void* argument, void (*resolve)(void* const (&arguments)[128])) {
+    const size_t warpgroup = cta.running / 128;
+    if (warpgroup >= cta.warpgroup_meetings.size()) fail("a warpgroup of fewer than four warps");
+    meet<128>(State::kAtWarpgroup, cta.warpgroup_meetings[warpgroup], where, argument, resolve);
 }
 
 bool meet_cta(bool predicate) {
@@ -187,8 +246,8 @@ bool meet_cta(bool predicate) {
     return cta.barrier_result;
 }
 
-void defer_copy(unsigned char* to, const void* from) {
-    running().copies.push_back({to, from, running().group});
+void defer_copy(unsigned char* to, const void* from, int bytes) {
+    running().copies.push_back({to, from, bytes, running().group});
 }
 
 void commit_copies() {
@@ -200,12 +259,26 @@ void wait_copies(int pending_groups) {
     while (!own.copies.empty() && own.copies.front().group < own.group - pending_groups) {
         const Copy& copy = own.copies.front();
         if (copy.from != nullptr) {
-            std::memcpy(copy.to, copy.from, 16);
+            std::memcpy(copy.to, copy.from, copy.bytes);
         } else {
-            std::memset(copy.to, 0, 16);
+            std::memset(copy.to, 0, copy.bytes);
         }
+        note_shared_write(static_cast<uint32_t>(copy.to - shared_memory()));
         own.copies.pop_front();
     }
+}
+
+void note_shared_write(uint32_t address) {
+    cta.writes[address / 16] = {cta.running, running().proxy_fences};
+}
+
+void fence_async_proxy() {
+    ++running().proxy_fences;
+}
+
+bool visible_to_async_proxy(uint32_t address) {
+    const SharedWrite& write = cta.writes[address / 16];
+    return write.thread < 0 || cta.fibers[write.thread]->proxy_fences_at_barrier > write.proxy_fences;
 }
 
 }  // namespace emulator

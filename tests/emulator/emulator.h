@@ -57,13 +57,22 @@ int shared_memory_bytes();
 // them. `where` tells the instruction: lanes that meet at different ones stop the run.
 void meet_warp(const char* where, void* argument, void (*resolve)(void* const (&arguments)[32]));
 
+// The same for the 128 threads of the running warpgroup: four warps, the first a multiple of four.
+void meet_warpgroup(const char* where, void* argument, void (*resolve)(void* const (&arguments)[128]));
+
 // All threads of the CTA that have not ended meet here; returns whether any brought true.
 bool meet_cta(bool predicate);
 
 // Copies of cp.async, in the order issued; they happen when waited for.
-void defer_copy(unsigned char* to, const void* from);
+void defer_copy(unsigned char* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending_groups);
+
+// Writes to shared memory as the asynchronous proxy (products of wgmma) sees them: none before its writer has fenced it
+// and then met the CTA at a barrier. Of writes the last to each 16 bytes counts.
+void note_shared_write(uint32_t address);
+void fence_async_proxy();
+bool visible_to_async_proxy(uint32_t address);
 
 template <typename T, typename F>
 T warp_collective(const char* where, T value, F f) {
@@ -118,11 +127,29 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
         "shfl.xor", value, [lane_mask](const T(&values)[32], int lane) { return values[lane ^ lane_mask]; });
 }
 
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int delta) {
+    require_full_mask(mask);
+    return emulator::warp_collective("shfl.up", value, [delta](const T(&values)[32], int lane) {
+        return values[lane >= delta ? lane - delta : lane];
+    });
+}
+
 inline int __any_sync(unsigned mask, int predicate) {
     require_full_mask(mask);
     return emulator::warp_collective("any", predicate, [](const int (&values)[32], int) {
         return static_cast<int>(std::any_of(values, values + 32, [](int x) { return x != 0; }));
     });
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    require_full_mask(mask);
+    return emulator::warp_collective(
+        "ballot", static_cast<unsigned>(predicate != 0), [](const unsigned (&values)[32], int) {
+            unsigned votes = 0;
+            for (int lane = 0; lane < 32; ++lane) votes |= values[lane] << lane;
+            return votes;
+        });
 }
 
 inline unsigned __match_any_sync(unsigned mask, int value) {
@@ -179,6 +206,10 @@ inline unsigned __vmaxu2(unsigned a, unsigned b) {
 }
 
 inline float __int_as_float(int x) {
+    return std::bit_cast<float>(x);
+}
+
+inline float __uint_as_float(unsigned x) {
     return std::bit_cast<float>(x);
 }
 

@@ -13,7 +13,10 @@ using std::min;
 #include "device/fast_divide.h"
 #include "device/layout.h"
 #include "device/sequence.cuh"
+#include "device/wgmma_tile.h"
 #include "dispatch.h"
+
+#include "../emulator/wgmma_forms.h"
 
 namespace {
 
@@ -34,6 +37,20 @@ std::tuple<int, int, int, int> sequence_bounds(const PackedSequences& s, int seq
 template <int kRowBytes>
 uint32_t tile_offset(int row, int chunk) {
     return fsa::SwizzledTile<kRowBytes>::offset(row, chunk);
+}
+
+// What wgmma reads, for tiles of one shape.
+struct WgmmaTile {
+    int rows, columns, panel_columns, bytes;
+    uint32_t (*offset)(int row, int chunk);
+    uint64_t (*along_columns)(uint32_t tile, int step, int first_row);
+    uint64_t (*along_rows)(uint32_t tile, int step, int first_panel);
+};
+
+template <int kRows, int kColumns>
+WgmmaTile wgmma_tile() {
+    using Tile = fsa::WgmmaTile<kRows, kColumns>;
+    return {kRows, kColumns, Tile::kPanelColumns, Tile::kBytes, &Tile::offset, &Tile::along_columns, &Tile::along_rows};
 }
 
 int kernel_head_dim(int head_dim) {
@@ -78,6 +95,7 @@ PYBIND11_MODULE(fsa_native_tests, m) {
             return fsa::last_visible_key(fsa::sequence_bounds(s.view(), sequence), query, causal);
         });
     m.def("slot_attends", &fsa::slot_attends);
+    m.def("visible_blocks", &fsa::visible_blocks);
     m.def("quotient", [](uint32_t n, uint32_t divisor) { return fsa::FastDivider(divisor).quotient(n); });
     m.def("interleave", [](int chunk, int word) {
         const fsa::InterleavedWord to = fsa::interleave(chunk, word);
@@ -92,6 +110,23 @@ PYBIND11_MODULE(fsa_native_tests, m) {
     add_tile(fsa::Constant<128>());
     add_tile(fsa::Constant<192>());
     add_tile(fsa::Constant<256>());
+    pybind11::class_<WgmmaTile>(m, "WgmmaTile")
+        .def_readonly("rows", &WgmmaTile::rows)
+        .def_readonly("columns", &WgmmaTile::columns)
+        .def_readonly("panel_columns", &WgmmaTile::panel_columns)
+        .def_readonly("bytes", &WgmmaTile::bytes)
+        .def("offset", [](const WgmmaTile& t, int row, int chunk) { return t.offset(row, chunk); })
+        .def(
+            "along_columns",
+            [](const WgmmaTile& t, uint32_t tile, int step, int row) { return t.along_columns(tile, step, row); })
+        .def("along_rows", [](const WgmmaTile& t, uint32_t tile, int step, int panel) {
+            return t.along_rows(tile, step, panel);
+        });
+    m.attr("wgmma_tiles") = std::vector<WgmmaTile>{wgmma_tile<16, 64>(),  wgmma_tile<32, 32>(),  wgmma_tile<32, 128>(),
+                                                   wgmma_tile<64, 32>(),  wgmma_tile<64, 64>(),  wgmma_tile<64, 96>(),
+                                                   wgmma_tile<64, 128>(), wgmma_tile<64, 192>(), wgmma_tile<128, 64>(),
+                                                   wgmma_tile<128, 96>(), wgmma_tile<128, 256>()};
+    m.def("emulated_wgmma", &emulated_wgmma);
     m.def("kernel_head_dim", &kernel_head_dim);
     m.def("kernel_forward_tile_k", &kernel_forward_tile_k);
     m.def("kernel_backward_tile_k", &kernel_backward_tile_k);

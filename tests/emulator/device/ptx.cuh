@@ -24,7 +24,12 @@ inline unsigned char* shared_pointer(uint32_t address, int bytes) {
 
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
-    emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr);
+    emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr, 16);
+}
+
+inline void cp_async_4(uint32_t shared, const void* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 4 != 0) emulator::fail("misaligned global address");
+    emulator::defer_copy(shared_pointer(shared, 4), global, 4);
 }
 
 inline void cp_async_commit() {
@@ -36,6 +41,12 @@ void cp_async_wait() {
     emulator::wait_copies(kPending);
 }
 
+inline void store_global_16(void* global, const uint4& v, bool valid) {
+    if (!valid) return;
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
+    std::memcpy(global, &v, 16);
+}
+
 inline uint4 load_shared_16(uint32_t shared) {
     uint4 v;
     std::memcpy(&v, shared_pointer(shared, 16), 16);
@@ -44,6 +55,7 @@ inline uint4 load_shared_16(uint32_t shared) {
 
 inline void store_shared_4(uint32_t shared, uint32_t value) {
     std::memcpy(shared_pointer(shared, 4), &value, 4);
+    emulator::note_shared_write(shared);
 }
 
 struct MatrixLoad {
@@ -77,6 +89,24 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
     ldmatrix("ldmatrix.trans", r, shared, true);
+}
+
+struct MatrixStore {
+    uint32_t address;
+    uint32_t r[4];
+};
+
+inline void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
+    emulator::warp_collective(
+        "stmatrix", MatrixStore{shared, {r[0], r[1], r[2], r[3]}}, [](const MatrixStore(&lanes)[32], int lane) {
+            // the words of row lane % 8 of matrix lane / 8 come from the four lanes that hold that row
+            for (int word = 0; word < 4; ++word) {
+                const uint32_t value = lanes[lane % 8 * 4 + word].r[lane / 8];
+                std::memcpy(shared_pointer(lanes[lane].address, 16) + word * 4, &value, 4);
+            }
+            return lanes[lane];
+        });
+    emulator::note_shared_write(shared);
 }
 
 struct MmaFragments {
