@@ -129,3 +129,11 @@ def test_info() -> None:
 def test_command_line() -> None:
     result = subprocess.run([sys.executable, "-m", "fsa"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(fsa.info())
+
+
+def test_kernel_arch_is_80_90_or_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="arch must be 80, 90 or None, got 100"):
+        backends.set_kernel_arch(100)
+    monkeypatch.setenv("FSA_KERNEL_ARCH", "91")
+    with pytest.raises(ValueError, match="FSA_KERNEL_ARCH must be 80 or 90, got '91'"):
+        backends._kernel_arch_from_environment()

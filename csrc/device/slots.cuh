@@ -16,7 +16,12 @@ struct ReduceTraits {
     static constexpr int kThreads = 128;
     static constexpr int kRows = kThreads / kLanes;           // rows that a CTA works on at a time: a tile
     static constexpr int kBatch = kLanes < 16 ? kLanes : 16;  // partials in flight; lane i < kBatch looks after one
-    static constexpr int kMinCtas = kBatch < 16 ? 7 : 5;      // a partial in flight takes four registers
+    // A partial in flight takes four registers. Below sm_90, 96 a thread (5 CTAs) are a few too little.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    static constexpr int kMinCtas = kBatch < 16 ? 7 : 4;
+#else
+    static constexpr int kMinCtas = kBatch < 16 ? 7 : 5;
+#endif
 
     static FSA_HOST_DEVICE int num_tiles(const Geometry& g) {
         return (g.num_heads * g.num_queries * g.group_size - 1) / kRows + 1;
