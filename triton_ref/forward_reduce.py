@@ -83,8 +83,8 @@ def forward_reduce_kernel(
             row_sum = row_sum * keep + weight
             row_max = new_max
 
-    # A query that attends to nothing: out = 0, lse = -inf.
-    empty = row_max == -INFINITY
+    # A query that attends to nothing: out = 0, lse = -inf. (A maximum passes over NaN, a sum does not.)
+    empty = (row_max == -INFINITY) & (row_sum == 0.0)
     row_sum = tl.where(empty, 1.0, row_sum)
     q_head = (head_begin + head) * GROUP_SIZE + group
     row = query.to(tl.int64) * (num_kv_heads * GROUP_SIZE) + q_head
