@@ -167,14 +167,16 @@ def contract(family: str) -> tuple[tuple[torch.dtype, ...], str]:
     return DTYPES[family], f"backend={family!r}"
 
 
-def preferred(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def preferred(
+    device: torch.device, dtype: torch.dtype, kernels: tuple[str, ...] = ("cuda", "triton")
+) -> tuple[str, str]:
     """The backend that "auto" runs, and why not a faster one.
 
-    On a GPU the first of CUDA, Triton (compiled) and the reference that can; else the reference.
+    On a GPU the first of those with kernels (Triton: compiled) that can, or the reference; else the reference.
     """
     obstacles: list[str] = []
     if device.type == "cuda":
-        for name in ("cuda", "triton"):
+        for name in kernels:
             found = status(name, device)
             if found.usable and found.reason != _INTERPRETED and dtype in DTYPES[name]:
                 return name, "; ".join(obstacles)
@@ -183,11 +185,16 @@ def preferred(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 @functools.cache
-def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The preferred backend; warns, once per device and dtype, if a faster one exists that cannot run."""
-    name, obstacles = preferred(device, dtype)
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: tuple[str, ...] = ("cuda", "triton"),
+    what: str = "selected attention",
+) -> str:
+    """The preferred backend; warns, once per device, dtype and op, if a faster one exists that cannot run."""
+    name, obstacles = preferred(device, dtype, kernels)
     if obstacles:
-        warnings.warn(f"fsa: selected attention of {dtype} tensors runs on {name} ({obstacles})", stacklevel=2)
+        warnings.warn(f"fsa: {what} of {dtype} tensors runs on {name} ({obstacles})", stacklevel=2)
     return name
 
 
