@@ -1,0 +1,390 @@
+"""Compressed attention in Triton, backward: one pass with queries outside for dQ, one with windows outside for dK and dV.
+
+There are few windows (a sixteenth of the tokens), so dQ in parts, one for each tile of windows, would be written and read
+as often as it takes to compute S and dP once more: seven products without parts of dQ rather than five with them. The
+windows outside are too few programs: the queries of a tile of windows, those of all heads of the group, are cut into
+splits, whose dK and dV are summed in a fixed order.
+
+    preprocess    delta = rowsum(dout * out) - dlse (the kernel of the selected branch)
+    dq            dS = P * (dP - delta),  dQ = softmax_scale dS K
+    dkv           dV = P^T dO,  dK = softmax_scale dS^T Q, a part for each split
+    reduce_dkv    sum the splits
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa.module.triton_windows import SIZES, load_normaliser, load_seen_rows, seeing_queries, seen_windows
+from triton_ref.backward_preprocess import backward_preprocess
+from triton_ref.common import LOG2_E, is_finite, load_rows, matmul, padded_dim, store_rows
+
+# By largest padded head_dim.
+DQ_TILES = {
+    64: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    256: {"TILE_Q": 64, "TILE_K": 32, "num_warps": 8, "num_stages": 2},
+}
+DKV_TILES = {
+    64: {"TILE_Q": 64, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
+    128: {"TILE_Q": 64, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
+    256: {"TILE_Q": 32, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+}
+FP32_TILES = {"TILE_Q": 32, "TILE_K": 32, "num_warps": 8, "num_stages": 1}  # plain fp32 arithmetic
+
+DKV_PROGRAMS = 1024  # wanted: eight for each SM, for the tiles of windows differ in how many queries see them
+DKV_PARTS_BYTES = 128 * 2**20  # of dK and dV in parts at most, beyond one split
+REDUCE_ROWS = 16  # windows of a tile of the reduce
+
+
+@triton.jit
+def add_to_dq(
+    dq_tile,
+    q_tile,
+    dout_tile,
+    lse_log2,
+    delta,
+    k,
+    v,
+    window,
+    begin,
+    end,
+    last,
+    k_window_stride,
+    v_window_stride,
+    softmax_scale_log2,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """dQ from a tile of windows. Masked tiles multiply no NaN of K: who sees one has it in dS already."""
+    offsets = window.to(tl.int64)
+    k_tile = load_seen_rows(k, offsets * k_window_stride, window < last, MASKED, HEAD_DIM, PADDED_DIM)
+    v_tile = load_seen_rows(v, offsets * v_window_stride, window < last, MASKED, HEAD_DIM, PADDED_DIM)
+    scores = matmul(q_tile, tl.trans(k_tile))
+    dprobs = matmul(dout_tile, tl.trans(v_tile))
+    dscores = tl.exp2(scores * softmax_scale_log2 - lse_log2[:, None]) * (dprobs - delta[:, None])
+    if MASKED:
+        dscores = tl.where((window[None, :] >= begin[:, None]) & (window[None, :] < end[:, None]), dscores, 0.0)
+        k_tile = tl.where(is_finite(k_tile), k_tile, 0.0)
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
+    q,  # [total, num_heads, head_dim]
+    k,  # [max_windows, num_kv_heads, head_dim]
+    v,  # [max_windows, num_kv_heads, head_dim]
+    dout,  # [total, num_heads, head_dim]
+    lse,  # [num_heads, total], natural log
+    delta,  # [num_heads, total]
+    cu_seqlens,  # [batch + 1]
+    compressed_cu_seqlens,  # [batch + 1]
+    dq,  # [total, num_heads, head_dim], contiguous
+    q_token_stride,
+    q_head_stride,
+    k_window_stride,
+    k_head_stride,
+    v_window_stride,
+    v_head_stride,
+    dout_token_stride,
+    dout_head_stride,
+    batch,
+    total,
+    max_windows,
+    num_heads,
+    num_tiles,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    # The last tiles of a sequence see the most windows: they go first.
+    tile = num_tiles - 1 - tl.program_id(0) // num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    k += head // GROUP_SIZE * k_head_stride
+    v += head // GROUP_SIZE * v_head_stride
+    softmax_scale_log2 = softmax_scale * LOG2_E
+
+    query = tile * TILE_Q + tl.arange(0, TILE_Q)
+    exists = query < total
+    query = tl.minimum(query, total - 1)
+    begin, end = seen_windows(
+        query, cu_seqlens, compressed_cu_seqlens, batch, total, max_windows, KERNEL_SIZE, KERNEL_STRIDE
+    )
+    first, last = tl.min(begin, 0), tl.max(end, 0)
+    unmasked = tl.where(tl.max(begin, 0) == first, (tl.min(end, 0) - first) // TILE_K * TILE_K, 0)
+    token = query.to(tl.int64)
+    q_tile = load_rows(q, token * q_token_stride + head * q_head_stride, exists, HEAD_DIM, PADDED_DIM)
+    dout_tile = load_rows(dout, token * dout_token_stride + head * dout_head_stride, exists, HEAD_DIM, PADDED_DIM)
+    lse_log2 = load_normaliser(lse, head, query, exists, total)
+    row_delta = tl.load(delta + head * total + query, mask=exists, other=0.0)
+
+    dq_tile = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+    windows = tl.arange(0, TILE_K)
+    for window in range(first, first + unmasked, TILE_K):
+        dq_tile = add_to_dq(
+            dq_tile, q_tile, dout_tile, lse_log2, row_delta, k, v, window + windows, begin, end, last,
+            k_window_stride, v_window_stride, softmax_scale_log2, False, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    for window in range(first + unmasked, last, TILE_K):
+        dq_tile = add_to_dq(
+            dq_tile, q_tile, dout_tile, lse_log2, row_delta, k, v, window + windows, begin, end, last,
+            k_window_stride, v_window_stride, softmax_scale_log2, True, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    store_rows(dq, (token * num_heads + head) * HEAD_DIM, dq_tile * softmax_scale, exists, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit
+def add_to_dkv(
+    dk_tile,
+    dv_tile,
+    k_tile,
+    v_tile,
+    q,
+    dout,
+    lse,
+    delta,
+    head,
+    query,
+    begin,
+    end,
+    last,
+    total,
+    q_token_stride,
+    q_head_stride,
+    dout_token_stride,
+    dout_head_stride,
+    softmax_scale_log2,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """dK and dV of a tile of windows from a tile of queries of one head; S and P are transposed, [windows, queries].
+
+    Queries from `last` on are zero and weigh nothing. Masked tiles multiply no NaN of Q (who sees one has it in dS
+    already) nor of dO, which reaches all of dV of the windows that its query sees.
+    """
+    exists = query < last
+    token = query.to(tl.int64)
+    q_tile = load_rows(q, token * q_token_stride + head * q_head_stride, exists, HEAD_DIM, PADDED_DIM)
+    dout_tile = load_rows(dout, token * dout_token_stride + head * dout_head_stride, exists, HEAD_DIM, PADDED_DIM)
+    lse_log2 = load_normaliser(lse, head, query, exists, total)
+    row_delta = tl.load(delta + head * total + query, mask=exists, other=0.0)
+    probs = tl.exp2(matmul(k_tile, tl.trans(q_tile)) * softmax_scale_log2 - lse_log2[None, :])
+    dscores = probs * (matmul(v_tile, tl.trans(dout_tile)) - row_delta[None, :])
+    if MASKED:
+        visible = (query[None, :] >= begin[:, None]) & (query[None, :] < end[:, None])
+        finite = is_finite(dout_tile)
+        tainted = tl.where(tl.min(finite.to(tl.int32), 1) == 0, float("nan"), 0.0)
+        probs = tl.where(visible, probs + tainted[None, :], 0.0)
+        dscores = tl.where(visible, dscores, 0.0)
+        dout_tile = tl.where(finite, dout_tile, 0.0)
+        q_tile = tl.where(is_finite(q_tile), q_tile, 0.0)
+    dv_tile = tl.dot(probs.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
+    dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    return dk_tile, dv_tile
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dkv_kernel(
+    q,  # [total, num_heads, head_dim]
+    k,  # [max_windows, num_kv_heads, head_dim]
+    v,  # [max_windows, num_kv_heads, head_dim]
+    dout,  # [total, num_heads, head_dim]
+    lse,  # [num_heads, total], natural log
+    delta,  # [num_heads, total]
+    cu_seqlens,  # [batch + 1]
+    compressed_cu_seqlens,  # [batch + 1]
+    parts,  # [2 (dK, dV), num_splits, max_windows, num_kv_heads, head_dim], fp32
+    q_token_stride,
+    q_head_stride,
+    k_window_stride,
+    k_head_stride,
+    v_window_stride,
+    v_head_stride,
+    dout_token_stride,
+    dout_head_stride,
+    batch,
+    total,
+    max_windows,
+    num_kv_heads,
+    num_splits,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    # The first windows of a sequence are seen by the most queries: they go first.
+    split = tl.program_id(0) % num_splits
+    kv_head = (tl.program_id(0) // num_splits % num_kv_heads).to(tl.int64)
+    window = tl.program_id(0) // num_splits // num_kv_heads * TILE_K + tl.arange(0, TILE_K)
+    num_windows = tl.minimum(tl.load(compressed_cu_seqlens + batch), max_windows)
+    exists = window < num_windows
+    if tl.min(window, 0) >= num_windows:
+        return
+    softmax_scale_log2 = softmax_scale * LOG2_E
+
+    begin, end = seeing_queries(
+        tl.minimum(window, num_windows - 1),
+        cu_seqlens,
+        compressed_cu_seqlens,
+        batch,
+        total,
+        max_windows,
+        KERNEL_SIZE,
+        KERNEL_STRIDE,
+    )
+    first, last = tl.min(begin, 0), tl.max(end, 0)
+    offsets = window.to(tl.int64)
+    k_tile = load_rows(k, offsets * k_window_stride + kv_head * k_head_stride, exists, HEAD_DIM, PADDED_DIM)
+    v_tile = load_rows(v, offsets * v_window_stride + kv_head * v_head_stride, exists, HEAD_DIM, PADDED_DIM)
+
+    # Work: (head of the group, tile of queries), first those under the stair or of several sequences, which are masked.
+    query_tiles = (last - first + TILE_Q - 1) // TILE_Q
+    stair_tiles = (tl.max(begin, 0) - first + TILE_Q - 1) // TILE_Q
+    masked_tiles = tl.where(tl.min(end, 0) == last, tl.minimum(stair_tiles, query_tiles), query_tiles)
+    full_tiles = query_tiles - masked_tiles
+    num_masked = GROUP_SIZE * masked_tiles
+    work_begin = (GROUP_SIZE * query_tiles).to(tl.int64) * split // num_splits
+    work_end = (GROUP_SIZE * query_tiles).to(tl.int64) * (split + 1) // num_splits
+    work_begin, work_end = work_begin.to(tl.int32), work_end.to(tl.int32)
+
+    dk_tile = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    dv_tile = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    queries = first + tl.arange(0, TILE_Q)
+    for work in range(work_begin, tl.minimum(work_end, num_masked)):
+        dk_tile, dv_tile = add_to_dkv(
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, kv_head * GROUP_SIZE + work // masked_tiles,
+            queries + work % masked_tiles * TILE_Q, begin, end, last, total,
+            q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
+            softmax_scale_log2, True, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    for work in range(tl.maximum(work_begin - num_masked, 0), work_end - num_masked):
+        dk_tile, dv_tile = add_to_dkv(
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, kv_head * GROUP_SIZE + work // full_tiles,
+            queries + (masked_tiles + work % full_tiles) * TILE_Q, begin, end, last, total,
+            q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
+            softmax_scale_log2, False, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+
+    rows = ((split.to(tl.int64) * max_windows + offsets) * num_kv_heads + kv_head) * HEAD_DIM
+    size = num_splits.to(tl.int64) * max_windows * num_kv_heads * HEAD_DIM
+    store_rows(parts, rows, dk_tile * softmax_scale, exists, HEAD_DIM, PADDED_DIM)
+    store_rows(parts + size, rows, dv_tile, exists, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def reduce_dkv_kernel(
+    parts,  # [2, num_splits, max_windows, num_kv_heads, head_dim], fp32
+    compressed_cu_seqlens,  # [batch + 1]
+    dkv,  # [2, max_windows, num_kv_heads, head_dim]
+    batch,
+    max_windows,
+    num_kv_heads,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)  # (window, KV head)
+    which = tl.program_id(1).to(tl.int64)  # 0: dK, 1: dV
+    num_rows = max_windows.to(tl.int64) * num_kv_heads
+    written = row < tl.minimum(tl.load(compressed_cu_seqlens + batch), max_windows).to(tl.int64) * num_kv_heads
+    tile = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
+    for split in range(num_splits):
+        tile += load_rows(
+            parts, ((which * num_splits + split) * num_rows + row) * HEAD_DIM, written, HEAD_DIM, PADDED_DIM
+        )
+    store_rows(dkv, (which * num_rows + row) * HEAD_DIM, tile, row < num_rows, HEAD_DIM, PADDED_DIM)
+
+
+def backward_tiles(table: dict[int, dict[str, int]], dtype: torch.dtype, padded: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a kernel of the backward."""
+    if dtype == torch.float32:
+        return FP32_TILES
+    return next(tiles for largest, tiles in table.items() if padded <= largest)
+
+
+def number_of_splits(compressed_k: torch.Tensor, total: int, group_size: int, tile_q: int, tile_k: int) -> int:
+    """Into how many splits the queries of a tile of windows are cut: enough programs, little memory, enough work each."""
+    max_windows, num_kv_heads, head_dim = compressed_k.shape
+    wanted = triton.cdiv(DKV_PROGRAMS, triton.cdiv(max_windows, tile_k) * num_kv_heads)
+    affordable = DKV_PARTS_BYTES // (2 * 4 * max_windows * num_kv_heads * head_dim)
+    worthwhile = group_size * total // (4 * tile_q)
+    return max(1, min(wanted, affordable, worthwhile))
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    compressed_k: torch.Tensor,
+    compressed_v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    compressed_cu_seqlens: torch.Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, compressed_k and compressed_v.
+
+    Args:
+        dout: [total, num_heads, head_dim], gradient of out, as `fsa.pipeline.as_kernel_input` leaves it.
+        dlse: [num_heads, total], fp32, gradient of lse, or None: zero.
+        out, lse: what the forward returned, contiguous; the other arguments are the forward's.
+
+    Returns:
+        dq, dk, dv: shapes and dtype of q, compressed_k, compressed_v; rows from compressed_cu_seqlens[-1] on are zero.
+
+    Beside these it allocates delta (fp32 [num_heads, total]) and parts of dK and dV: at most 128 MiB, or twice
+    compressed_k in fp32 if that is more.
+    """
+    total, num_heads, head_dim = q.shape
+    max_windows, num_kv_heads, _ = compressed_k.shape
+    dq = q.new_empty(q.shape)
+    dkv = q.new_empty((2, max_windows, num_kv_heads, head_dim))
+    if total == 0 or max_windows == 0:
+        return dq.zero_(), *dkv.zero_().unbind(0)
+    k, v, delta = compressed_k, compressed_v, torch.empty_like(lse)
+    batch, padded = cu_seqlens.shape[0] - 1, padded_dim(head_dim)
+    tensors = (q, k, v, dout, lse, delta, cu_seqlens, compressed_cu_seqlens)
+    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:2]]
+    shape = {"GROUP_SIZE": num_heads // num_kv_heads, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
+    windows = {"KERNEL_SIZE": kernel_size, "KERNEL_STRIDE": kernel_stride, "softmax_scale": softmax_scale}
+    sizes = {"batch": batch, "max_windows": max_windows}
+    with torch.cuda.device_of(q):
+        backward_preprocess(out, dout, None if dlse is None else dlse.contiguous(), delta)
+
+        tiles = backward_tiles(DQ_TILES, q.dtype, padded)
+        num_tiles = triton.cdiv(total, tiles["TILE_Q"])
+        dq_kernel[(num_tiles * num_heads,)](
+            *tensors, dq, *strides, total=total, num_heads=num_heads, num_tiles=num_tiles,
+            **sizes, **windows, **shape, **tiles,
+        )  # fmt: skip
+
+        tiles = backward_tiles(DKV_TILES, q.dtype, padded)
+        splits = number_of_splits(k, total, shape["GROUP_SIZE"], tiles["TILE_Q"], tiles["TILE_K"])
+        parts = q.new_empty((2, splits, max_windows, num_kv_heads, head_dim), dtype=torch.float32)
+        dkv_kernel[(triton.cdiv(max_windows, tiles["TILE_K"]) * num_kv_heads * splits,)](
+            *tensors, parts, *strides, total=total, num_kv_heads=num_kv_heads, num_splits=splits,
+            **sizes, **windows, **shape, **tiles,
+        )  # fmt: skip
+        reduce_dkv_kernel[(triton.cdiv(max_windows * num_kv_heads, REDUCE_ROWS), 2)](
+            parts, compressed_cu_seqlens, dkv, num_kv_heads=num_kv_heads, num_splits=splits,
+            **sizes, HEAD_DIM=head_dim, PADDED_DIM=padded, TILE_ROWS=REDUCE_ROWS,
+        )  # fmt: skip
+    dk, dv = dkv.unbind(0)
+    return dq, dk, dv
