@@ -32,7 +32,8 @@ _OP_NAMES = {
     "reference": "_selected_attention_reference",
 }
 
-_library = torch.library.Library("fsa", "DEF")
+# All operators of the package, those of fsa.module too, are defined in this one.
+library = torch.library.Library("fsa", "DEF")
 
 
 @overload
@@ -158,6 +159,19 @@ def selected_attention(
     return (out, lse) if return_lse else out
 
 
+def FSA_topk_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    block_size: int,
+    cu_seqlens: Tensor,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """`selected_attention`, causal, under the name and with the arguments of the published FSA package; returns out."""
+    return selected_attention(q, k, v, topk_idx, cu_seqlens, block_size=block_size, softmax_scale=softmax_scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Implementations
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,19 +275,19 @@ def _autocast(op_name: str, device_type: str, *arguments: Any) -> tuple[Tensor, 
 
 def _register(family: str, op_name: str) -> None:
     backward_name = f"{op_name}_backward"
-    _library.define(op_name + _FORWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(backward_name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(op_name + _FORWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(backward_name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     for device_type in ("CPU", "CUDA"):
-        _library.impl(op_name, functools.partial(_forward, family), device_type)
-        _library.impl(backward_name, functools.partial(_backward, family), device_type)
+        library.impl(op_name, functools.partial(_forward, family), device_type)
+        library.impl(backward_name, functools.partial(_backward, family), device_type)
         autocast = functools.partial(_autocast, op_name, device_type.lower())
-        _library.impl(op_name, autocast, f"Autocast{device_type}")
+        library.impl(op_name, autocast, f"Autocast{device_type}")
     for name, fake in ((op_name, _forward_fake), (backward_name, _backward_fake)):
-        torch.library.register_fake(f"fsa::{name}", functools.partial(fake, family), lib=_library)
+        torch.library.register_fake(f"fsa::{name}", functools.partial(fake, family), lib=library)
     torch.library.register_autograd(
-        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=_library
+        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=library
     )
-    torch.library.register_autograd(f"fsa::{backward_name}", _no_second_derivative, lib=_library)
+    torch.library.register_autograd(f"fsa::{backward_name}", _no_second_derivative, lib=library)
 
 
 for _family, _op_name in _OP_NAMES.items():

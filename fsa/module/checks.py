@@ -1,0 +1,160 @@
+"""Errors of the module's arguments: raised on the host, before any launch, without reading a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import (
+    BLOCK_SIZES,
+    MAX_HEAD_DIM,
+    MAX_TOPK,
+    check_cu_seqlens,
+    check_devices,
+    check_qkv,
+    check_softmax_scale,
+    described,
+    dtype_name,
+    listed,
+    lse_dtype_of,
+    type_name,
+)
+from .rope import RopeConfig
+
+# The other parts of the module have no CUDA kernels of their own.
+BACKENDS = ("auto", "triton", "reference")
+MODULE_BACKENDS = ("auto", "cuda", "triton", "reference")
+COMPRESSIONS = ("linear", "mean")
+GATES = ("token", "head")
+CU_SEQLENS = ("cu_seqlens", "compressed_cu_seqlens")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """An argument is one of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {listed(choices)}, got {value!r}; pass one of them")
+
+
+def check_tensors(**tensors: object) -> None:
+    """Arguments that must be tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type_name(tensor)}; convert it to a tensor")
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> None:
+    """An argument is a whole number, not too small."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type_name(value)}; pass a whole number")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}; pass a larger number")
+
+
+def check_windows(kernel_size: int, kernel_stride: int) -> None:
+    """Windows are made of whole strides."""
+    check_count("kernel_stride", kernel_stride)
+    check_count("kernel_size", kernel_size)
+    if kernel_size % kernel_stride:
+        raise ValueError(
+            f"kernel_size must be a multiple of kernel_stride = {kernel_stride}, got {kernel_size}; "
+            f"choose windows of whole strides"
+        )
+
+
+def check_selection(
+    kernel_size: int, kernel_stride: int, block_size: int, topk: int, init_blocks: int, local_blocks: int
+) -> None:
+    """What selects blocks: blocks of whole strides that are no smaller than a window, slots for all forced blocks."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size must be one of {listed(BLOCK_SIZES)} (keys per selected block), got {block_size}; "
+            f"pass one of them"
+        )
+    if block_size % kernel_stride or block_size < kernel_size:
+        raise ValueError(
+            f"block_size must be a multiple of kernel_stride = {kernel_stride} and at least "
+            f"kernel_size = {kernel_size}, got {block_size}; choose larger blocks or smaller windows"
+        )
+    check_count("topk", topk)
+    check_count("init_blocks", init_blocks, minimum=0)
+    check_count("local_blocks", local_blocks, minimum=0)
+    if not init_blocks + local_blocks <= topk <= MAX_TOPK:
+        raise ValueError(
+            f"topk must be at least init_blocks + local_blocks = {init_blocks + local_blocks} and at most {MAX_TOPK}, "
+            f"got {topk}; select more blocks or force fewer"
+        )
+
+
+def check_compressed(
+    q: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor,
+    cu_seqlens: Tensor,
+    compressed_cu_seqlens: Tensor,
+    softmax_scale: float | None,
+    family: str,
+) -> None:
+    """Queries and compressed keys; a call without values passes compressed_k twice."""
+    dtypes, backend = backends.contract(family)
+    names, rows = ("compressed_k", "compressed_v"), ("total", "max_windows")
+    check_qkv(q, compressed_k, compressed_v, dtypes, backend, names, rows)
+    check_softmax_scale(softmax_scale)
+    check_cu_seqlens(cu_seqlens, compressed_cu_seqlens, CU_SEQLENS)
+    check_devices(
+        q,
+        {
+            "compressed_k": compressed_k,
+            "compressed_v": compressed_v,
+            "cu_seqlens": cu_seqlens,
+            "compressed_cu_seqlens": compressed_cu_seqlens,
+        },
+    )
+
+
+def check_lse(q: Tensor, lse: Tensor) -> None:
+    """lse is what compressed_attention returned for q."""
+    shape, dtype = (q.shape[1], q.shape[0]), lse_dtype_of(q)
+    if lse.shape != shape or lse.dtype != dtype:
+        raise ValueError(
+            f"lse must be {dtype_name(dtype)} [num_heads, total] = {list(shape)}, got {described(lse)}; "
+            f"pass the lse of compressed_attention of the same q"
+        )
+    check_devices(q, {"lse": lse})
+
+
+def check_module(
+    hidden_size: int, num_q_heads: int, num_kv_heads: int, head_dim: int, window_size: int, rope_config: RopeConfig
+) -> None:
+    """The sizes of the module that no part of it checks."""
+    sizes = {"hidden_size": hidden_size, "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+    for name, value in (sizes | {"head_dim": head_dim, "window_size": window_size}).items():
+        check_count(name, value)
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}; "
+            f"group_size = num_q_heads / num_kv_heads must be whole"
+        )
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}; choose one")
+    if rope_config.head_dim != head_dim:
+        raise ValueError(
+            f"rope_config must have the head_dim of the module = {head_dim}, got {rope_config.head_dim}; "
+            f"pass RopeConfig(head_dim={head_dim}, ...)"
+        )
+
+
+def check_input(x: Tensor, hidden_size: int, weight: Tensor) -> None:
+    """What the module is called with."""
+    if x.dim() != 2 or x.shape[1] != hidden_size:
+        raise ValueError(
+            f"x must be [total, hidden_size] = [total, {hidden_size}], got {list(x.shape)}; "
+            f"pack all sequences along dimension 0, without a batch dimension"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"x must be {dtype_name(weight.dtype)} like the module's parameters, got {dtype_name(x.dtype)}; "
+            f"cast one of them or use torch.autocast"
+        )

@@ -1,0 +1,101 @@
+"""Compression of keys and values: windows of kernel_size tokens, one every kernel_stride, become one row each.
+
+Native Sparse Attention (arXiv 2502.11089), equation 7. A window lies inside one sequence; a sequence of n tokens has
+(n - kernel_size) // kernel_stride + 1 windows, or none if it is shorter than a window.
+
+Windows overlap, so they are never written out. Tokens are gathered once, in chunks of kernel_stride; a window is
+kernel_size / kernel_stride chunks in a row, and what each chunk contributes to each place in a window is added up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packed import packed_rows, prefix_sums
+
+
+class Windows(NamedTuple):
+    """Where the windows of packed sequences lie. n = total // kernel_stride bounds chunks and windows without a look at
+    cu_seqlens; rows beyond the last window are padding."""
+
+    cu_seqlens: Tensor  # [batch + 1], int32: windows of each sequence, prefix sums
+    position: Tensor  # [n], int64: where a window's first token stands in its sequence; 0 in padding
+    first_chunk: Tensor  # [n], int64: row of a window's first chunk; 0 in padding
+    chunk_tokens: Tensor  # [n * kernel_stride], int64: the tokens of every chunk
+
+
+def find_windows(cu_seqlens: Tensor, total: int, kernel_size: int, kernel_stride: int) -> Windows:
+    """The windows of packed sequences of `total` tokens; cu_seqlens is [batch + 1], integers."""
+    bounds = cu_seqlens.long().clamp(0, total)
+    chunks = bounds.diff().clamp(min=0) // kernel_stride
+    windows = (chunks - (kernel_size // kernel_stride - 1)).clamp(min=0)
+    n = total // kernel_stride
+    chunk_bounds, window_bounds = (prefix_sums(lengths).clamp(max=n) for lengths in (chunks, windows))
+    chunk, window = packed_rows(chunk_bounds, n), packed_rows(window_bounds, n)
+    chunk_begin = torch.where(chunk.position < 0, 0, bounds[chunk.sequence] + chunk.position * kernel_stride)
+    offset = torch.arange(kernel_stride, device=cu_seqlens.device)
+    return Windows(
+        cu_seqlens=window_bounds.int(),
+        position=window.position.clamp(min=0) * kernel_stride,
+        first_chunk=torch.where(window.position < 0, 0, chunk_bounds[window.sequence] + window.position),
+        chunk_tokens=(chunk_begin[:, None] + offset).flatten(),
+    )
+
+
+def linear_compression(
+    x: Tensor, weight: Tensor, windows: Windows, kernel_stride: int, intra_block_pe: Tensor | None = None
+) -> Tensor:
+    """Each window as a learned linear map of its tokens.
+
+    Args:
+        x: [total, num_kv_heads, head_dim], keys before RoPE, or values.
+        weight: [num_kv_heads, kernel_size * head_dim, head_dim]; row t * head_dim + d belongs to dimension d of the
+            window's token t.
+        windows: of x.
+        kernel_stride: tokens from one window's start to the next one's.
+        intra_block_pe: [num_kv_heads, kernel_size, head_dim], added to the tokens of every window, or None.
+
+    Returns:
+        [total // kernel_stride, num_kv_heads, head_dim], dtype of x; unspecified rows beyond windows.cu_seqlens[-1].
+    """
+    num_kv_heads, _, head_dim = weight.shape
+    chunks = _gather_chunks(x, windows).unflatten(1, (-1, kernel_stride)).flatten(2)  # [heads, n, stride * dim]
+    # A window's chunk number `place` goes through its own rows of the weight: one product makes them all.
+    taps = weight.unflatten(1, (-1, kernel_stride * head_dim)).transpose(1, 2)  # [heads, stride * dim, places, dim]
+    products = (chunks @ taps.flatten(2)).unflatten(2, (-1, head_dim))  # [heads, n, places, dim]
+    compressed = _add_up(products, windows)
+    if intra_block_pe is not None:
+        compressed = compressed + intra_block_pe.reshape(num_kv_heads, 1, -1) @ weight
+    return compressed.transpose(0, 1).to(x.dtype)
+
+
+def mean_pooling(x: Tensor, windows: Windows, kernel_size: int, kernel_stride: int) -> Tensor:
+    """Each window as the mean of its tokens; arguments and result as in `linear_compression`."""
+    chunks = _gather_chunks(x, windows).unflatten(1, (-1, kernel_stride))  # [heads, n, stride, dim]
+    sums = chunks.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) / kernel_size  # [heads, n, dim]
+    places = kernel_size // kernel_stride
+    compressed = _add_up(sums[:, :, None].expand(-1, -1, places, -1), windows)
+    return compressed.transpose(0, 1).to(x.dtype)
+
+
+def _gather_chunks(x: Tensor, windows: Windows) -> Tensor:
+    """[num_kv_heads, n * kernel_stride, head_dim]: the tokens of all chunks, by head."""
+    return x.transpose(0, 1).index_select(1, windows.chunk_tokens)
+
+
+def _add_up(contributions: Tensor, windows: Windows) -> Tensor:
+    """Chunk contributions [heads, n, places, dim] -> windows [heads, n, dim], in fp32 or float64.
+
+    The window whose first chunk is c is the sum of contributions[c + place, place].
+    """
+    _, n, places, _ = contributions.shape
+    compute = torch.promote_types(contributions.dtype, torch.float32)
+    rows = [(windows.first_chunk + place).clamp(max=n - 1) for place in range(places)]  # the last ones of padding
+    terms = [contributions[:, :, place].index_select(1, rows[place]) for place in range(places)]
+    compressed = terms[0].to(compute)
+    for term in terms[1:]:
+        compressed = compressed + term
+    return compressed

@@ -1,0 +1,127 @@
+"""Rotary position embedding: its frequencies, with and without Llama 3's scaling, and the rotation.
+
+Pairs are (i, i + head_dim / 2), not neighbours. Angles are computed in float64 and rounded as cosine and sine, so a
+position of some hundred thousand is as exact as a small one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _llama3_scaling() -> dict[str, Any]:
+    return {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+
+
+@dataclass
+class RopeConfig:
+    """Rotary embedding of a model; the defaults are Llama 3.1's.
+
+    rope_scaling: None or {"rope_type": "default"} for none; {"rope_type": "llama3", "factor", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings"}. "type" is taken for "rope_type".
+    max_position_embeddings, hidden_size and num_attention_heads change nothing: they are there so that whatever
+    describes a model can be passed whole. Positions may exceed max_position_embeddings.
+    """
+
+    max_position_embeddings: int = 131072
+    head_dim: int = 128
+    rope_theta: float = 500000
+    rope_scaling: Mapping[str, Any] | None = field(default_factory=_llama3_scaling)
+    hidden_size: int = 4096
+    num_attention_heads: int = 32
+
+    @property
+    def rope_type(self) -> str:
+        """Name of the scaling, "default" for none."""
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def frequencies(config: RopeConfig) -> list[float]:
+    """Radians a position turns each of the head_dim / 2 pairs by, highest first.
+
+    Raises:
+        ValueError: head_dim is odd, the rope_type is unknown, or the scaling lacks a number.
+    """
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"head_dim of RopeConfig must be even, got {config.head_dim}; pass that of the attention")
+    if config.rope_type not in _SCALINGS:
+        supported = ", ".join(repr(name) for name in _SCALINGS)
+        raise ValueError(f"rope_type must be one of {supported}, got {config.rope_type!r}; choose one in rope_scaling")
+    # Su et al., arXiv 2104.09864, section 3.2.2.
+    plain = [config.rope_theta ** (-2 * pair / config.head_dim) for pair in range(config.head_dim // 2)]
+    return _SCALINGS[config.rope_type](plain, config.rope_scaling or {})
+
+
+def _unscaled(plain: list[float], scaling: Mapping[str, Any]) -> list[float]:
+    return plain
+
+
+def _llama3(plain: list[float], scaling: Mapping[str, Any]) -> list[float]:
+    """Pairs that turn rarely within the original context are slowed by `factor`, those that turn often are kept, those
+    between are blended. Source: Llama 3.1, `apply_scaling` of Meta's llama-models."""
+    missing = [name for name in _llama3_scaling() if name not in scaling and name != "rope_type"]
+    if missing:
+        raise ValueError(
+            f"rope_scaling of rope_type 'llama3' must have {', '.join(_llama3_scaling())}, got none of "
+            f"{', '.join(missing)}; add them"
+        )
+    factor, low, high = (float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(scaling["original_max_position_embeddings"])
+
+    def scaled(frequency: float) -> float:
+        turns = context * frequency / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return frequency * (kept + (1 - kept) / factor)
+
+    return [scaled(frequency) for frequency in plain]
+
+
+_SCALINGS: dict[str, Callable[[list[float], Mapping[str, Any]], list[float]]] = {
+    "default": _unscaled,
+    "llama3": _llama3,
+}
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of positions. Has no parameter and nothing in the state dict."""
+
+    inv_freq: Tensor  # [head_dim / 2], float64, whatever dtype the module is cast to
+
+    def __init__(self, config: RopeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", self._make_inv_freq(torch.get_default_device()), persistent=False)
+
+    def forward(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions [n], integers -> cosine and sine [n, 1, head_dim / 2], in fp32 (float64 for dtype float64)."""
+        angle = position.double()[:, None, None] * self.inv_freq
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        return angle.cos().to(table_dtype), angle.sin().to(table_dtype)
+
+    def _make_inv_freq(self, device: torch.device) -> Tensor:
+        return torch.tensor(frequencies(self.config), dtype=torch.float64, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        # .to(torch.bfloat16) would round the frequencies, to_empty() would lose them: make them anew.
+        super()._apply(fn, recurse)
+        self.inv_freq = self._make_inv_freq(self.inv_freq.device)
+        return self
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns every pair of x [n, heads, head_dim] by its angle; computed in the dtype of cosine, returned in x's."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
