@@ -79,6 +79,19 @@ def test_compression(lengths: tuple[int, ...], kernel_size: int, kernel_stride: 
     assert windows.position[:count].tolist() == starts
 
 
+@pytest.mark.parametrize("lengths", [(70, 31, 0, 32, 5), (15,)])
+def test_compression_gradcheck(lengths: tuple[int, ...]) -> None:
+    windows = find_windows(cu_seqlens_of(lengths), sum(lengths), 32, 16)
+    count = int(windows.cu_seqlens[-1])
+    tensors = (randn(sum(lengths), 2, 8), randn(2, 32 * 8, 8, seed=1), randn(2, 32, 8, seed=2))
+    inputs = [x.requires_grad_() for x in tensors]
+
+    def compress(x: Tensor, weight: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_compression(x, weight, windows, 16, pe)[:count], mean_pooling(x, windows, 32, 16)[:count]
+
+    assert torch.autograd.gradcheck(compress, inputs, fast_mode=True)
+
+
 def test_compression_of_values_has_no_position_embedding() -> None:
     x, weight = randn(40, 1, 8), randn(1, 32 * 8, 8, seed=1)
     windows = find_windows(cu_seqlens_of((40,)), 40, 32, 8)

@@ -176,7 +176,7 @@ class SeenWindows:
         return product.view(*weights.shape[:3], -1)
 
     def transposed_product(self, weights: Tensor, x: Tensor) -> Tensor:
-        """The same weights, transposed, @ x [num_kv_heads, total, group_size, head_dim]: sums over queries and heads."""
+        """The same weights, transposed, @ x [num_kv_heads, total, group_size, head_dim]: sums over the queries."""
         visible = self.visible.expand(weights.shape[1:]).flatten(0, 1)
         return _masked_product(weights.flatten(1, 2).mT, visible.mT, x[:, self.queries].flatten(1, 2))
 

@@ -9,7 +9,7 @@ kernel_size / kernel_stride chunks in a row, and what each chunk contributes to 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Windows(NamedTuple):
     cu_seqlens: Tensor  # [batch + 1], int32: windows of each sequence, prefix sums
     position: Tensor  # [n], int64: where a window's first token stands in its sequence; 0 in padding
     first_chunk: Tensor  # [n], int64: row of a window's first chunk; 0 in padding
-    chunk_tokens: Tensor  # [n * kernel_stride], int64: the tokens of every chunk
+    chunk_tokens: Tensor  # [n * kernel_stride], int64: the tokens of every chunk; those of padding: any
+    token_places: Tensor  # [total], int64: where a token stands in chunk_tokens; -1 in no chunk
 
 
 def find_windows(cu_seqlens: Tensor, total: int, kernel_size: int, kernel_stride: int) -> Windows:
@@ -34,14 +35,16 @@ def find_windows(cu_seqlens: Tensor, total: int, kernel_size: int, kernel_stride
     windows = (chunks - (kernel_size // kernel_stride - 1)).clamp(min=0)
     n = total // kernel_stride
     chunk_bounds, window_bounds = (prefix_sums(lengths).clamp(max=n) for lengths in (chunks, windows))
-    chunk, window = packed_rows(chunk_bounds, n), packed_rows(window_bounds, n)
+    chunk, window, token = packed_rows(chunk_bounds, n), packed_rows(window_bounds, n), packed_rows(cu_seqlens, total)
     chunk_begin = torch.where(chunk.position < 0, 0, bounds[chunk.sequence] + chunk.position * kernel_stride)
     offset = torch.arange(kernel_stride, device=cu_seqlens.device)
+    in_chunk = (token.position >= 0) & (token.position // kernel_stride < chunks[token.sequence])
     return Windows(
         cu_seqlens=window_bounds.int(),
         position=window.position.clamp(min=0) * kernel_stride,
         first_chunk=torch.where(window.position < 0, 0, chunk_bounds[window.sequence] + window.position),
         chunk_tokens=(chunk_begin[:, None] + offset).flatten(),
+        token_places=torch.where(in_chunk, chunk_bounds[token.sequence] * kernel_stride + token.position, -1),
     )
 
 
@@ -62,7 +65,9 @@ def linear_compression(
         [total // kernel_stride, num_kv_heads, head_dim], dtype of x; unspecified rows beyond windows.cu_seqlens[-1].
     """
     num_kv_heads, _, head_dim = weight.shape
-    chunks = _gather_chunks(x, windows).unflatten(1, (-1, kernel_stride)).flatten(2)  # [heads, n, stride * dim]
+    chunks = (
+        _GatherChunks.apply(x, windows.chunk_tokens, windows.token_places).unflatten(1, (-1, kernel_stride)).flatten(2)
+    )  # [heads, n, stride * dim]
     # A window's chunk number `place` goes through its own rows of the weight: one product makes them all.
     taps = weight.unflatten(1, (-1, kernel_stride * head_dim)).transpose(1, 2)  # [heads, stride * dim, places, dim]
     products = (chunks @ taps.flatten(2)).unflatten(2, (-1, head_dim))  # [heads, n, places, dim]
@@ -74,16 +79,13 @@ def linear_compression(
 
 def mean_pooling(x: Tensor, windows: Windows, kernel_size: int, kernel_stride: int) -> Tensor:
     """Each window as the mean of its tokens; arguments and result as in `linear_compression`."""
-    chunks = _gather_chunks(x, windows).unflatten(1, (-1, kernel_stride))  # [heads, n, stride, dim]
+    chunks = _GatherChunks.apply(x, windows.chunk_tokens, windows.token_places).unflatten(
+        1, (-1, kernel_stride)
+    )  # [heads, n, stride, dim]
     sums = chunks.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) / kernel_size  # [heads, n, dim]
     places = kernel_size // kernel_stride
     compressed = _add_up(sums[:, :, None].expand(-1, -1, places, -1), windows)
     return compressed.transpose(0, 1).to(x.dtype)
-
-
-def _gather_chunks(x: Tensor, windows: Windows) -> Tensor:
-    """[num_kv_heads, n * kernel_stride, head_dim]: the tokens of all chunks, by head."""
-    return x.transpose(0, 1).index_select(1, windows.chunk_tokens)
 
 
 def _add_up(contributions: Tensor, windows: Windows) -> Tensor:
@@ -99,3 +101,23 @@ def _add_up(contributions: Tensor, windows: Windows) -> Tensor:
     for term in terms[1:]:
         compressed = compressed + term
     return compressed
+
+
+class _GatherChunks(torch.autograd.Function):
+    """[total, heads, dim] -> [heads, n * kernel_stride, dim]: the tokens of all chunks, by head.
+
+    A token is in one chunk at most, so the gradient is gathered too; that of index_select would be added by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chunk_tokens: Tensor, token_places: Tensor) -> Tensor:
+        ctx.save_for_backward(token_places)
+        return x.transpose(0, 1).index_select(1, chunk_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (token_places,) = ctx.saved_tensors
+        if gradient.shape[1] == 0:
+            return gradient.new_zeros((len(token_places), gradient.shape[0], gradient.shape[2])), None, None
+        tokens = gradient.transpose(0, 1).index_select(0, token_places.clamp(min=0))
+        return torch.where(token_places[:, None, None] < 0, 0, tokens), None, None

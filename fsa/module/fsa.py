@@ -31,6 +31,9 @@ class FlashSparseAttention(nn.Module):
     weights of a new module are initialised as the linear map that they are, one a head (published: Xavier over the
     whole tensor, which starts about sqrt(head_dim) times too small).
 
+    Nothing waits for the GPU. Forward and backward give the same bits every time; on a GPU the backward only under
+    `torch.use_deterministic_algorithms(True)`, since torch's sliding window adds up dq by atomics otherwise.
+
     Args:
         hidden_size: elements of a token outside of the module.
         num_q_heads, num_kv_heads: query heads, a multiple of the KV heads. Each group shares a selection.

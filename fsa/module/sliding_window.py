@@ -47,7 +47,7 @@ def sliding_window_attention(
 
     Returns:
         [total, num_heads, head_dim], dtype of q. Tokens outside of all sequences get 0 from the reference and
-        unspecified values on a GPU.
+        unspecified values on a GPU. NaN and infinities may also reach queries near to those that see them.
 
     Raises:
         TypeError: an argument of the wrong Python type.
