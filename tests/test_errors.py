@@ -11,6 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from errors import Bad, assert_raises
+from module_errors import MODULE, MODULE_PARTS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,22 +47,6 @@ by the op, and never lead out of bounds:
 `fsa.check_topk_idx` is the explicit check of both; it waits for the GPU. NaN and infinities in q, k and v follow IEEE
 rules and reach only queries that see them.
 """
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A mistake and what it says."""
-
-    mistake: str
-    call: Callable[[], Any]
-    error: type[Exception]
-    message: str
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """What the call changes in the arguments that are right."""
-        assert isinstance(self.call, _Attend)
-        return self.call.changes
 
 
 def _ints(*values: int) -> Tensor:
@@ -568,6 +554,8 @@ SECTIONS = {
     "Backends and gradients": BACKENDS,
     "Workspace": WORKSPACE,
     "`fsa.check_topk_idx`": VALIDATION,
+    "`fsa.FlashSparseAttention`": MODULE,
+    "The module's parts": MODULE_PARTS,
 }
 ALL = [bad for section in SECTIONS.values() for bad in section]
 # What the function alone says (no cu_seqlens_k), and the one message that names the backend, apart.
@@ -585,14 +573,6 @@ def errors_page() -> str:
         rows = "\n".join(f"| {bad.mistake} | {bad.error.__name__} | `{bad.message}` |" for bad in section)
         parts.append(f"## {title}\n\n| mistake | error | message |\n| --- | --- | --- |\n{rows}\n")
     return "\n".join(parts)
-
-
-def assert_raises(bad: Bad, call: Callable[[], Any]) -> None:
-    """The exact type and the whole message."""
-    with pytest.raises(bad.error) as caught:
-        call()
-    assert caught.type is bad.error
-    assert str(caught.value) == bad.message
 
 
 @pytest.mark.parametrize("bad", ALL, ids=lambda bad: bad.mistake)

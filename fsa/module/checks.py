@@ -114,6 +114,15 @@ def check_compressed(
     )
 
 
+def check_same_tokens(q: Tensor, k: Tensor) -> None:
+    """The module attends to the tokens that ask."""
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k must have as many tokens as q = {q.shape[0]}, got {k.shape[0]}; pass the keys and values of the same "
+            f"tokens"
+        )
+
+
 def check_lse(q: Tensor, lse: Tensor) -> None:
     """lse is what compressed_attention returned for q."""
     shape, dtype = (q.shape[1], q.shape[0]), lse_dtype_of(q)

@@ -72,10 +72,11 @@ def _unscaled(plain: list[float], scaling: Mapping[str, Any]) -> list[float]:
 def _llama3(plain: list[float], scaling: Mapping[str, Any]) -> list[float]:
     """Pairs that turn rarely within the original context are slowed by `factor`, those that turn often are kept, those
     between are blended. Source: Llama 3.1, `apply_scaling` of Meta's llama-models."""
-    missing = [name for name in _llama3_scaling() if name not in scaling and name != "rope_type"]
+    *names, last = (name for name in _llama3_scaling() if name != "rope_type")
+    missing = [name for name in (*names, last) if name not in scaling]
     if missing:
         raise ValueError(
-            f"rope_scaling of rope_type 'llama3' must have {', '.join(_llama3_scaling())}, got none of "
+            f"rope_scaling of rope_type 'llama3' must have {', '.join(names)} and {last}, got none of "
             f"{', '.join(missing)}; add them"
         )
     factor, low, high = (float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))

@@ -57,6 +57,7 @@ def sliding_window_attention(
     checks.check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     checks.check_count("window_size", window_size)
     check_qkv(q, k, v, _DTYPES, "sliding-window attention", rows=("total", "total"))
+    checks.check_same_tokens(q, k)
     check_cu_seqlens(cu_seqlens, cu_seqlens, ("cu_seqlens", "cu_seqlens"))
     check_devices(q, {"k": k, "v": v, "cu_seqlens": cu_seqlens})
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
