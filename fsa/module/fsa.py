@@ -186,7 +186,8 @@ class FlashSparseAttention(nn.Module):
             backend="reference" if self.backend == "reference" else "auto",
         )  # fmt: skip
         gate = gates.unflatten(-1, (3, -1))[..., None]  # [total, 3, 1 or num_q_heads, 1]
-        return gate[:, 0] * compressed + gate[:, 1] * selected + gate[:, 2] * sliding
+        out = torch.addcmul(gate[:, 0] * compressed, gate[:, 1], selected)
+        return torch.addcmul(out, gate[:, 2], sliding)
 
     def compress(self, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """Keys (before RoPE) and values of all windows.
