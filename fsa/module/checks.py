@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import (
-    BLOCK_SIZES,
     MAX_HEAD_DIM,
     MAX_TOPK,
+    check_block_size,
     check_cu_seqlens,
     check_devices,
     check_qkv,
@@ -68,11 +68,8 @@ def check_selection(
     kernel_size: int, kernel_stride: int, block_size: int, topk: int, init_blocks: int, local_blocks: int
 ) -> None:
     """What selects blocks: blocks of whole strides that are no smaller than a window, slots for all forced blocks."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(
-            f"block_size must be one of {listed(BLOCK_SIZES)} (keys per selected block), got {block_size}; "
-            f"pass one of them"
-        )
+    check_count("block_size", block_size)
+    check_block_size(block_size)
     if block_size % kernel_stride or block_size < kernel_size:
         raise ValueError(
             f"block_size must be a multiple of kernel_stride = {kernel_stride} and at least "
