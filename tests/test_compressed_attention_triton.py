@@ -136,7 +136,7 @@ CASES = [
     Case("one_sequence", (300,)),
     Case("ragged", (0, 1, 3, 31, 32, 33, 100, 0, 150, 3), num_kv_heads=2),
     Case("shorter_than_a_window", (5, 31)),
-    Case("many_windows", (2500,), group_size=1, head_dim=16),
+    Case("many_windows", (2200,), group_size=1, head_dim=16),
     Case("group_size_1", (150, 80), group_size=1),
     Case("group_size_3", (150, 80), group_size=3),
     Case("group_size_16", (90, 50), group_size=16, head_dim=16),
@@ -192,6 +192,7 @@ def run(inputs: Compressed, layout: Callable[[Tensor], Tensor] = lambda x: x) ->
     return Results(out.detach(), lse.detach(), dq, dk[:-SPARE_WINDOWS], dv[:-SPARE_WINDOWS])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")  # infinity - infinity in NumPy
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_results(case: Case) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB}  # that a CTA may have
-NUM_KERNELS = 8  # of the six stages
+NUM_KERNELS = 8 + 6  # of the six stages; of compressed attention (forward, dq, dkv, reduce) and selection (two)
 BF16 = ("bfloat16", 128, 64, 4, 16)  # dtype, head_dim, block_size, group_size, topk
 FP16 = ("float16", 72, 256, 1, 1)
 FP32 = ("float32", 64, 32, 3, 7)
@@ -45,6 +45,7 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     from triton.runtime.jit import JITFunction
 
     from fsa import pipeline
+    from fsa.module import triton_compressed_attention, triton_selection, triton_windows
     from fsa.problem import Problem
     from triton_ref import stages
 
@@ -77,6 +78,14 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     problem = Problem(q, k, k, topk_idx, cu_seqlens, cu_seqlens, block_size, head_dim**-0.5, causal=True)
     out, lse = pipeline.forward(problem, stages)
     pipeline.backward(problem, stages, out, lse, dout=q, dlse=None)
+
+    triton_windows.uses_wgmma = lambda device: capability >= 90
+    compressed = (k[: total // 16], k[: total // 16])
+    sequences = (cu_seqlens, cu_seqlens // 16)
+    scale = head_dim**-0.5
+    out, lse = triton_compressed_attention.forward(q, *compressed, *sequences, 32, 16, scale)
+    triton_compressed_attention.backward(q, None, q, *compressed, out, lse, *sequences, 32, 16, scale)
+    triton_selection.select_blocks(q, compressed[0], lse, *sequences, 32, 16, block_size, topk, 0, 1, scale)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compressed attention in Triton, forward: flash attention over the few windows of a sequence, under a stair.
 
-A program owns a tile of query tokens of one head, and walks the windows that they see. The tiles below the stair need no
-mask; the last ones, which the stair crosses, do. The source of the online softmax is FlashAttention (arXiv 2205.14135).
+A program owns a tile of query tokens of one head, and walks the windows that they see. The tiles below the stair need
+no mask; the last ones, which the stair crosses, do. The source of the online softmax is FlashAttention
+(arXiv 2205.14135).
 `triton_compressed_attention_backward` has the gradients, `triton_windows` says who sees which window.
 """
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fsa.module.triton_compressed_attention_backward import backward
-from fsa.module.triton_windows import SIZES, load_seen_rows, seen_windows
+from fsa.module.triton_windows import SIZES, choose_tiles, load_seen_rows, seen_windows
 from triton_ref.common import (
     INFINITY,
     LN_2,
@@ -28,13 +29,23 @@ from triton_ref.forward_main import sees_any
 
 __all__ = ["backward", "forward"]
 
-# By largest padded head_dim. Two CTAs an SM, so that the softmax of one hides the products of the other.
+# TILE_K: windows of a tile below the stair; STAIR_K: of a tile that is masked. No spills in the loops (cuobjdump).
 FORWARD_TILES = {
-    64: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 4, "num_stages": 3},
-    128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 4, "num_stages": 2},
-    256: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    "wgmma": {
+        64: {"TILE_Q": 128, "TILE_K": 128, "STAIR_K": 64, "num_warps": 8, "num_stages": 2},
+        128: {"TILE_Q": 128, "TILE_K": 128, "STAIR_K": 64, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 128, "TILE_K": 64, "STAIR_K": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "mma": {
+        128: {"TILE_Q": 128, "TILE_K": 32, "STAIR_K": 32, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 64, "TILE_K": 32, "STAIR_K": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "fp32": {
+        64: {"TILE_Q": 32, "TILE_K": 32, "STAIR_K": 32, "num_warps": 8, "num_stages": 1},
+        256: {"TILE_Q": 16, "TILE_K": 16, "STAIR_K": 16, "num_warps": 8, "num_stages": 1},
+    },
 }
-FP32_TILES = {"TILE_Q": 32, "TILE_K": 32, "num_warps": 8, "num_stages": 1}  # plain fp32 arithmetic
+NONFINITE_DIMS = tl.constexpr(16)  # columns of V that are searched at a time for NaN and infinities
 
 
 @triton.jit
@@ -78,6 +89,36 @@ def add_windows(
     return acc, new_max, row_sum, nonfinite
 
 
+@triton.jit
+def return_nonfinite(
+    out,
+    out_offsets,
+    exists,
+    v,
+    dims,
+    begin,
+    end,
+    first,
+    last,
+    v_window_stride,
+    STAIR_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Rare: give NaN and infinities of some columns of V back to the rows that see them, and to them alone."""
+    places = out + out_offsets[:, None] + dims[None, :]
+    mask = exists[:, None] & (dims[None, :] < HEAD_DIM)
+    output = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    for window in range(first, last, STAIR_K):
+        row = window + tl.arange(0, STAIR_K)
+        v_places = v + row.to(tl.int64)[:, None] * v_window_stride + dims[None, :]
+        v_tile = tl.load(v_places, mask=(row < last)[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+        nonfinite = is_finite(v_tile) == 0
+        visible = (row[None, :] >= begin[:, None]) & (row[None, :] < end[:, None])
+        output += tl.where(sees_any(visible, nonfinite & (v_tile != -INFINITY)), INFINITY, 0.0)
+        output += tl.where(sees_any(visible, nonfinite & (v_tile != INFINITY)), -INFINITY, 0.0)  # inf - inf: NaN
+    tl.store(places, output.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q,  # [total, num_heads, head_dim]
@@ -106,6 +147,7 @@ def forward_kernel(
     PADDED_DIM: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    STAIR_K: tl.constexpr,
 ):
     # The last tiles of a sequence see the most windows: they go first.
     tile = num_tiles - 1 - tl.program_id(0) // num_heads
@@ -127,16 +169,15 @@ def forward_kernel(
     acc = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     row_max = tl.full([TILE_Q], -INFINITY, tl.float32)
     row_sum = tl.zeros([TILE_Q], tl.float32)
-    windows = tl.arange(0, TILE_K)
     for window in range(first, first + unmasked, TILE_K):
         acc, row_max, row_sum, _ = add_windows(
-            acc, row_max, row_sum, q_tile, k, v, window + windows, begin, end, last,
+            acc, row_max, row_sum, q_tile, k, v, window + tl.arange(0, TILE_K), begin, end, last,
             k_window_stride, v_window_stride, softmax_scale_log2, False, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
     has_nonfinite = False
-    for window in range(first + unmasked, last, TILE_K):
+    for window in range(first + unmasked, last, STAIR_K):
         acc, row_max, row_sum, nonfinite = add_windows(
-            acc, row_max, row_sum, q_tile, k, v, window + windows, begin, end, last,
+            acc, row_max, row_sum, q_tile, k, v, window + tl.arange(0, STAIR_K), begin, end, last,
             k_window_stride, v_window_stride, softmax_scale_log2, True, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
         has_nonfinite = has_nonfinite | nonfinite
@@ -146,27 +187,13 @@ def forward_kernel(
     store_rows(out, out_offsets, output, exists, HEAD_DIM, PADDED_DIM)
     tl.store(lse + head * total + query, (row_max + tl.log2(row_sum)) * LN_2, mask=exists)
 
-    # Rare: give NaN and infinities of V back to the rows that see them, and to them alone.
     if has_nonfinite:
         tl.debug_barrier()  # the rows stored above are read here by other threads
-        missing = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-        for window in range(first + unmasked, last, TILE_K):
-            window_row = window + windows
-            v_offsets = window_row.to(tl.int64) * v_window_stride
-            v_tile = load_rows(v, v_offsets, window_row < last, HEAD_DIM, PADDED_DIM)
-            nonfinite = is_finite(v_tile) == 0
-            visible = (window_row[None, :] >= begin[:, None]) & (window_row[None, :] < end[:, None])
-            missing += tl.where(sees_any(visible, nonfinite & (v_tile != -INFINITY)), INFINITY, 0.0)
-            missing += tl.where(sees_any(visible, nonfinite & (v_tile != INFINITY)), -INFINITY, 0.0)  # inf - inf: NaN
-        output = load_rows(out, out_offsets, exists, HEAD_DIM, PADDED_DIM) + missing
-        store_rows(out, out_offsets, output, exists, HEAD_DIM, PADDED_DIM)
-
-
-def forward_tiles(dtype: torch.dtype, padded: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of the forward."""
-    if dtype == torch.float32:
-        return FP32_TILES
-    return next(tiles for largest, tiles in FORWARD_TILES.items() if padded <= largest)
+        for dim in range(0, PADDED_DIM, NONFINITE_DIMS):
+            return_nonfinite(
+                out, out_offsets, exists, v, dim + tl.arange(0, NONFINITE_DIMS), begin, end, first + unmasked, last,
+                v_window_stride, STAIR_K, HEAD_DIM,
+            )  # fmt: skip
 
 
 def forward(
@@ -199,8 +226,7 @@ def forward(
     lse = q.new_empty((num_heads, total), dtype=torch.float32)
     if total == 0:
         return out, lse
-    padded = padded_dim(head_dim)
-    tiles = forward_tiles(q.dtype, padded)
+    tiles = choose_tiles(FORWARD_TILES, q)
     num_tiles = triton.cdiv(total, tiles["TILE_Q"])
     with torch.cuda.device_of(q):
         forward_kernel[(num_tiles * num_heads,)](
@@ -224,7 +250,7 @@ def forward(
             KERNEL_SIZE=kernel_size,
             KERNEL_STRIDE=kernel_stride,
             HEAD_DIM=head_dim,
-            PADDED_DIM=padded,
+            PADDED_DIM=padded_dim(head_dim),
             **tiles,
         )
     return out, lse

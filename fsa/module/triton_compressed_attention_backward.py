@@ -1,9 +1,8 @@
-"""Compressed attention in Triton, backward: one pass with queries outside for dQ, one with windows outside for dK and dV.
+"""Compressed attention in Triton, backward: a pass with queries outside for dQ, one with windows outside for dK and dV.
 
-There are few windows (a sixteenth of the tokens), so dQ in parts, one for each tile of windows, would be written and read
-as often as it takes to compute S and dP once more: seven products without parts of dQ rather than five with them. The
-windows outside are too few programs: the queries of a tile of windows, those of all heads of the group, are cut into
-splits, whose dK and dV are summed in a fixed order.
+Five products with dQ in parts, one for each tile of windows, move about as many bytes as two more products take time;
+so there are seven products and no parts of dQ. Tiles of windows are few programs: their queries, those of all heads of
+the group, are cut into splits, whose dK and dV are summed in a fixed order.
 
     preprocess    delta = rowsum(dout * out) - dlse (the kernel of the selected branch)
     dq            dS = P * (dP - delta),  dQ = softmax_scale dS K
@@ -17,22 +16,46 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa.module.triton_windows import SIZES, load_normaliser, load_seen_rows, seeing_queries, seen_windows
+from fsa.module.triton_windows import (
+    SIZES,
+    choose_tiles,
+    load_normaliser,
+    load_seen_rows,
+    seeing_queries,
+    seen_windows,
+)
 from triton_ref.backward_preprocess import backward_preprocess
-from triton_ref.common import LOG2_E, is_finite, load_rows, matmul, padded_dim, store_rows
+from triton_ref.common import INFINITY, LOG2_E, is_finite, load_rows, matmul, padded_dim, store_rows
 
-# By largest padded head_dim.
+# TILE_Q, TILE_K: queries and windows of a tile; STAIR_Q: queries of a tile of dkv that is masked.
 DQ_TILES = {
-    64: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
-    128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
-    256: {"TILE_Q": 64, "TILE_K": 32, "num_warps": 8, "num_stages": 2},
+    "wgmma": {
+        128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 64, "TILE_K": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "mma": {
+        128: {"TILE_Q": 64, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 64, "TILE_K": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "fp32": {
+        64: {"TILE_Q": 32, "TILE_K": 32, "num_warps": 8, "num_stages": 1},
+        256: {"TILE_Q": 16, "TILE_K": 16, "num_warps": 8, "num_stages": 1},
+    },
 }
 DKV_TILES = {
-    64: {"TILE_Q": 64, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
-    128: {"TILE_Q": 64, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
-    256: {"TILE_Q": 32, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    "wgmma": {
+        128: {"TILE_Q": 64, "STAIR_Q": 32, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 32, "STAIR_Q": 16, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    },
+    "mma": {
+        128: {"TILE_Q": 64, "STAIR_Q": 16, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+        256: {"TILE_Q": 32, "STAIR_Q": 16, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+    },
+    "fp32": {
+        64: {"TILE_Q": 32, "STAIR_Q": 32, "TILE_K": 32, "num_warps": 8, "num_stages": 1},
+        256: {"TILE_Q": 16, "STAIR_Q": 16, "TILE_K": 16, "num_warps": 8, "num_stages": 1},
+    },
 }
-FP32_TILES = {"TILE_Q": 32, "TILE_K": 32, "num_warps": 8, "num_stages": 1}  # plain fp32 arithmetic
 
 DKV_PROGRAMS = 1024  # wanted: eight for each SM, for the tiles of windows differ in how many queries see them
 DKV_PARTS_BYTES = 128 * 2**20  # of dK and dV in parts at most, beyond one split
@@ -142,6 +165,19 @@ def dq_kernel(
 
 
 @triton.jit
+def load_by_row(lse, delta, row, exists):
+    """lse in log2, +inf for who sees nothing, and delta.
+
+    The sums over one element keep the compiler from loading in the layout of the columns of a product, in which every
+    thread has sixteen of them.
+    """
+    one = row[:, None] + tl.arange(0, 1)[None, :]
+    lse_log2 = tl.sum(tl.load(lse + one, mask=exists[:, None], other=-INFINITY), 1) * LOG2_E
+    row_delta = tl.sum(tl.load(delta + one, mask=exists[:, None], other=0.0), 1)
+    return tl.where(lse_log2 == -INFINITY, INFINITY, lse_log2), row_delta
+
+
+@triton.jit
 def add_to_dkv(
     dk_tile,
     dv_tile,
@@ -175,8 +211,7 @@ def add_to_dkv(
     token = query.to(tl.int64)
     q_tile = load_rows(q, token * q_token_stride + head * q_head_stride, exists, HEAD_DIM, PADDED_DIM)
     dout_tile = load_rows(dout, token * dout_token_stride + head * dout_head_stride, exists, HEAD_DIM, PADDED_DIM)
-    lse_log2 = load_normaliser(lse, head, query, exists, total)
-    row_delta = tl.load(delta + head * total + query, mask=exists, other=0.0)
+    lse_log2, row_delta = load_by_row(lse, delta, head * total + query, exists)
     probs = tl.exp2(matmul(k_tile, tl.trans(q_tile)) * softmax_scale_log2 - lse_log2[None, :])
     dscores = probs * (matmul(v_tile, tl.trans(dout_tile)) - row_delta[None, :])
     if MASKED:
@@ -223,6 +258,7 @@ def dkv_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE_Q: tl.constexpr,
+    STAIR_Q: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
     # The first windows of a sequence are seen by the most queries: they go first.
@@ -251,35 +287,35 @@ def dkv_kernel(
     v_tile = load_rows(v, offsets * v_window_stride + kv_head * v_head_stride, exists, HEAD_DIM, PADDED_DIM)
 
     # Work: (head of the group, tile of queries), first those under the stair or of several sequences, which are masked.
-    query_tiles = (last - first + TILE_Q - 1) // TILE_Q
-    stair_tiles = (tl.max(begin, 0) - first + TILE_Q - 1) // TILE_Q
-    masked_tiles = tl.where(tl.min(end, 0) == last, tl.minimum(stair_tiles, query_tiles), query_tiles)
-    full_tiles = query_tiles - masked_tiles
-    num_masked = GROUP_SIZE * masked_tiles
-    work_begin = (GROUP_SIZE * query_tiles).to(tl.int64) * split // num_splits
-    work_end = (GROUP_SIZE * query_tiles).to(tl.int64) * (split + 1) // num_splits
-    work_begin, work_end = work_begin.to(tl.int32), work_end.to(tl.int32)
+    stair = tl.where(tl.min(end, 0) == last, tl.minimum(tl.max(begin, 0), last), last) - first
+    stair_tiles = (stair + STAIR_Q - 1) // STAIR_Q
+    first_full = first + stair_tiles * STAIR_Q
+    full_tiles = (tl.maximum(last - first_full, 0) + TILE_Q - 1) // TILE_Q
+    num_stair = GROUP_SIZE * stair_tiles
+    num_work = (num_stair + GROUP_SIZE * full_tiles).to(tl.int64)
+    work_begin = (num_work * split // num_splits).to(tl.int32)
+    work_end = (num_work * (split + 1) // num_splits).to(tl.int32)
 
     dk_tile = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     dv_tile = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
-    queries = first + tl.arange(0, TILE_Q)
-    for work in range(work_begin, tl.minimum(work_end, num_masked)):
+    first_head = kv_head * GROUP_SIZE
+    for work in range(work_begin, tl.minimum(work_end, num_stair)):
+        query = first + work % stair_tiles * STAIR_Q + tl.arange(0, STAIR_Q)
         dk_tile, dv_tile = add_to_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, kv_head * GROUP_SIZE + work // masked_tiles,
-            queries + work % masked_tiles * TILE_Q, begin, end, last, total,
-            q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, first_head + work // stair_tiles, query,
+            begin, end, last, total, q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
             softmax_scale_log2, True, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
-    for work in range(tl.maximum(work_begin - num_masked, 0), work_end - num_masked):
+    for work in range(tl.maximum(work_begin - num_stair, 0), work_end - num_stair):
+        query = first_full + work % full_tiles * TILE_Q + tl.arange(0, TILE_Q)
         dk_tile, dv_tile = add_to_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, kv_head * GROUP_SIZE + work // full_tiles,
-            queries + (masked_tiles + work % full_tiles) * TILE_Q, begin, end, last, total,
-            q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, first_head + work // full_tiles, query,
+            begin, end, last, total, q_token_stride, q_head_stride, dout_token_stride, dout_head_stride,
             softmax_scale_log2, False, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
 
     rows = ((split.to(tl.int64) * max_windows + offsets) * num_kv_heads + kv_head) * HEAD_DIM
-    size = num_splits.to(tl.int64) * max_windows * num_kv_heads * HEAD_DIM
+    size = num_splits.to(tl.int64) * max_windows * num_kv_heads * HEAD_DIM  # of all parts of dK
     store_rows(parts, rows, dk_tile * softmax_scale, exists, HEAD_DIM, PADDED_DIM)
     store_rows(parts + size, rows, dv_tile, exists, HEAD_DIM, PADDED_DIM)
 
@@ -309,15 +345,8 @@ def reduce_dkv_kernel(
     store_rows(dkv, (which * num_rows + row) * HEAD_DIM, tile, row < num_rows, HEAD_DIM, PADDED_DIM)
 
 
-def backward_tiles(table: dict[int, dict[str, int]], dtype: torch.dtype, padded: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a kernel of the backward."""
-    if dtype == torch.float32:
-        return FP32_TILES
-    return next(tiles for largest, tiles in table.items() if padded <= largest)
-
-
 def number_of_splits(compressed_k: torch.Tensor, total: int, group_size: int, tile_q: int, tile_k: int) -> int:
-    """Into how many splits the queries of a tile of windows are cut: enough programs, little memory, enough work each."""
+    """Into how many the queries of a tile of windows are cut: enough programs, little memory, enough work each."""
     max_windows, num_kv_heads, head_dim = compressed_k.shape
     wanted = triton.cdiv(DKV_PROGRAMS, triton.cdiv(max_windows, tile_k) * num_kv_heads)
     affordable = DKV_PARTS_BYTES // (2 * 4 * max_windows * num_kv_heads * head_dim)
@@ -357,7 +386,8 @@ def backward(
     dq = q.new_empty(q.shape)
     dkv = q.new_empty((2, max_windows, num_kv_heads, head_dim))
     if total == 0 or max_windows == 0:
-        return dq.zero_(), *dkv.zero_().unbind(0)
+        dkv.zero_()
+        return dq.zero_(), dkv[0], dkv[1]
     k, v, delta = compressed_k, compressed_v, torch.empty_like(lse)
     batch, padded = cu_seqlens.shape[0] - 1, padded_dim(head_dim)
     tensors = (q, k, v, dout, lse, delta, cu_seqlens, compressed_cu_seqlens)
@@ -368,14 +398,14 @@ def backward(
     with torch.cuda.device_of(q):
         backward_preprocess(out, dout, None if dlse is None else dlse.contiguous(), delta)
 
-        tiles = backward_tiles(DQ_TILES, q.dtype, padded)
+        tiles = choose_tiles(DQ_TILES, q)
         num_tiles = triton.cdiv(total, tiles["TILE_Q"])
         dq_kernel[(num_tiles * num_heads,)](
             *tensors, dq, *strides, total=total, num_heads=num_heads, num_tiles=num_tiles,
             **sizes, **windows, **shape, **tiles,
         )  # fmt: skip
 
-        tiles = backward_tiles(DKV_TILES, q.dtype, padded)
+        tiles = choose_tiles(DKV_TILES, q)
         splits = number_of_splits(k, total, shape["GROUP_SIZE"], tiles["TILE_Q"], tiles["TILE_K"])
         parts = q.new_empty((2, splits, max_windows, num_kv_heads, head_dim), dtype=torch.float32)
         dkv_kernel[(triton.cdiv(max_windows, tiles["TILE_K"]) * num_kv_heads * splits,)](
@@ -386,5 +416,4 @@ def backward(
             parts, compressed_cu_seqlens, dkv, num_kv_heads=num_kv_heads, num_splits=splits,
             **sizes, HEAD_DIM=head_dim, PADDED_DIM=padded, TILE_ROWS=REDUCE_ROWS,
         )  # fmt: skip
-    dk, dv = dkv.unbind(0)
-    return dq, dk, dv
+    return dq, dkv[0], dkv[1]

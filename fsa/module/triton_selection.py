@@ -15,17 +15,22 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa.module.triton_windows import SIZES, load_normaliser, seen_windows
+from fsa.module.triton_windows import SIZES, choose_tiles, load_normaliser, seen_windows
 from triton_ref.common import LOG2_E, load_rows, matmul, padded_dim, sequence_bounds, sequence_of_query
 
 WORKSPACE_BYTES = 64 * 2**20  # of the scores of a chunk at most, beyond one tile of query tokens
-# By largest padded head_dim. TILE_WINDOWS: windows, and so columns, of a tile.
+# TILE_WINDOWS: windows, and so columns, of a tile.
 SCORES_TILES = {
-    64: {"TILE_Q": 64, "TILE_WINDOWS": 128, "num_warps": 4, "num_stages": 3},
-    128: {"TILE_Q": 64, "TILE_WINDOWS": 128, "num_warps": 4, "num_stages": 2},
-    256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "num_warps": 4, "num_stages": 2},
+    "wgmma": {
+        128: {"TILE_Q": 64, "TILE_WINDOWS": 128, "num_warps": 4, "num_stages": 2},
+        256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "mma": {256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "num_warps": 4, "num_stages": 2}},
+    "fp32": {
+        64: {"TILE_Q": 32, "TILE_WINDOWS": 32, "num_warps": 4, "num_stages": 1},
+        256: {"TILE_Q": 16, "TILE_WINDOWS": 16, "num_warps": 4, "num_stages": 1},
+    },
 }
-FP32_SCORES_TILES = {"TILE_Q": 32, "TILE_WINDOWS": 32, "num_warps": 4, "num_stages": 1}  # plain fp32 arithmetic
 # Scores that the top-k keeps in registers. Rows stay inside a warp while they can, so that counts need no barrier.
 KEYS_PER_TILE = 1024
 KEYS_PER_WARP = 2048
@@ -224,11 +229,9 @@ def select_topk_kernel(
     tl.store(selected + unused, -1, mask=exists[:, None] & (unused >= wanted[:, None]) & (unused < topk))
 
 
-def scores_tiles(dtype: torch.dtype, padded: int, ratio: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of block_scores, for `ratio` strides a block."""
-    tables = SCORES_TILES.items()
-    found = FP32_SCORES_TILES if dtype == torch.float32 else next(t for largest, t in tables if padded <= largest)
-    tiles, columns = dict(found), triton.next_power_of_2(ratio)
+def scores_tiles(q: torch.Tensor, ratio: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of block_scores, for blocks of `ratio` strides."""
+    tiles, columns = dict(choose_tiles(SCORES_TILES, q)), triton.next_power_of_2(ratio)
     tile_blocks = max(2, tiles.pop("TILE_WINDOWS") // columns)
     return {**tiles, "COLUMNS": columns, "TILE_BLOCKS": tile_blocks}
 
@@ -278,8 +281,7 @@ def select_blocks(
     topk_idx = torch.empty((num_kv_heads, total, topk), dtype=torch.int32, device=q.device)
     if total == 0:
         return topk_idx
-    padded = padded_dim(head_dim)
-    tiles = scores_tiles(q.dtype, padded, block_size // kernel_stride)
+    tiles = scores_tiles(q, block_size // kernel_stride)
     blocks_a_tile = tiles["TILE_BLOCKS"] - (kernel_size > kernel_stride)
     scores_stride = triton.cdiv(triton.cdiv(total, block_size), 16) * 16
     chunk = chunk_tokens(total, num_kv_heads, scores_stride, tiles["TILE_Q"])
@@ -312,7 +314,7 @@ def select_blocks(
                 KERNEL_STRIDE=kernel_stride,
                 BLOCK_SIZE=block_size,
                 HEAD_DIM=head_dim,
-                PADDED_DIM=padded,
+                PADDED_DIM=padded_dim(head_dim),
                 **tiles,
             )
             padded_blocks = max(32, triton.next_power_of_2(num_blocks))

@@ -1,17 +1,18 @@
 """What the Triton kernels of the compressed branch share: who sees which window, sizes, loads.
 
-A window is a row of compressed_k and compressed_v, counted over all sequences. Query i of a sequence sees window w of it
-iff i >= w * kernel_stride + kernel_size - 1. So a query sees an interval of windows, and a window is seen by an interval
-of queries, which ends where its sequence ends. A tile of rows may reach over several sequences: every row has its own
-interval, and tiles inside all of them need no mask.
+A window is a row of compressed_k and compressed_v, counted over all sequences. Query i of a sequence sees window w of
+it iff i >= w * kernel_stride + kernel_size - 1. So a query sees an interval of windows, and a window is seen by an
+interval of queries, which ends where its sequence ends. A tile of rows may reach over several sequences: every row has
+its own interval, and tiles inside all of them need no mask.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from triton_ref.common import INFINITY, LOG2_E, load_rows, sequence_bounds, sequence_of_query
+from triton_ref.common import INFINITY, LOG2_E, load_rows, padded_dim, sequence_bounds, sequence_of_query
 
 # Sizes that change from call to call: Triton would compile a kernel anew for multiples of 16, and for 1.
 SIZES = (
@@ -91,3 +92,19 @@ def load_normaliser(lse, head, query, exists, total):
     """lse of a head's query tokens in log2; +inf, so that nothing weighs anything, for those that see no window."""
     lse_log2 = tl.load(lse + head.to(tl.int64) * total + query, mask=exists, other=-INFINITY) * LOG2_E
     return tl.where(lse_log2 == -INFINITY, INFINITY, lse_log2)
+
+
+def uses_wgmma(device: torch.device) -> bool:
+    """Whether products take their operands from shared memory, so that tiles fill fewer registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def choose_tiles(tables: dict[str, dict[int, dict[str, int]]], q: torch.Tensor) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of a kernel for q [total, num_heads, head_dim].
+
+    Args:
+        tables: by "wgmma", "mma" and "fp32" (plain arithmetic), then by the largest padded head_dim.
+    """
+    kind = "fp32" if q.dtype == torch.float32 else "wgmma" if uses_wgmma(q.device) else "mma"
+    padded = padded_dim(q.shape[2])
+    return next(tiles for largest, tiles in tables[kind].items() if padded <= largest)
