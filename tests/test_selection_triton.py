@@ -190,6 +190,14 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(problem.select(), whole)
 
 
+def test_one_row_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in long sequences, whose rows fill a program."""
+    problem = make(Case("one_row", (200,), block_size=32, topk=5))
+    together = problem.select()
+    monkeypatch.setattr(triton_selection, "KEYS_PER_TILE", 1)
+    assert torch.equal(problem.select(), together)
+
+
 def test_ties_go_to_the_lower_id() -> None:
     """Queries of zero: every window weighs the same, and so does every block but the first and the last ones."""
 

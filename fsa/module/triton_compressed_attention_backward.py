@@ -324,7 +324,8 @@ def dkv_kernel(
 def reduce_dkv_kernel(
     parts,  # [2, num_splits, max_windows, num_kv_heads, head_dim], fp32
     compressed_cu_seqlens,  # [batch + 1]
-    dkv,  # [2, max_windows, num_kv_heads, head_dim]
+    dk,  # [max_windows, num_kv_heads, head_dim], contiguous
+    dv,  # [max_windows, num_kv_heads, head_dim], contiguous
     batch,
     max_windows,
     num_kv_heads,
@@ -342,7 +343,10 @@ def reduce_dkv_kernel(
         tile += load_rows(
             parts, ((which * num_splits + split) * num_rows + row) * HEAD_DIM, written, HEAD_DIM, PADDED_DIM
         )
-    store_rows(dkv, (which * num_rows + row) * HEAD_DIM, tile, row < num_rows, HEAD_DIM, PADDED_DIM)
+    if which == 0:
+        store_rows(dk, row * HEAD_DIM, tile, row < num_rows, HEAD_DIM, PADDED_DIM)
+    else:
+        store_rows(dv, row * HEAD_DIM, tile, row < num_rows, HEAD_DIM, PADDED_DIM)
 
 
 def number_of_splits(compressed_k: torch.Tensor, total: int, group_size: int, tile_q: int, tile_k: int) -> int:
@@ -384,10 +388,9 @@ def backward(
     total, num_heads, head_dim = q.shape
     max_windows, num_kv_heads, _ = compressed_k.shape
     dq = q.new_empty(q.shape)
-    dkv = q.new_empty((2, max_windows, num_kv_heads, head_dim))
+    dk, dv = (q.new_empty(compressed_k.shape) for _ in range(2))
     if total == 0 or max_windows == 0:
-        dkv.zero_()
-        return dq.zero_(), dkv[0], dkv[1]
+        return dq.zero_(), dk.zero_(), dv.zero_()
     k, v, delta = compressed_k, compressed_v, torch.empty_like(lse)
     batch, padded = cu_seqlens.shape[0] - 1, padded_dim(head_dim)
     tensors = (q, k, v, dout, lse, delta, cu_seqlens, compressed_cu_seqlens)
@@ -413,7 +416,7 @@ def backward(
             **sizes, **windows, **shape, **tiles,
         )  # fmt: skip
         reduce_dkv_kernel[(triton.cdiv(max_windows * num_kv_heads, REDUCE_ROWS), 2)](
-            parts, compressed_cu_seqlens, dkv, num_kv_heads=num_kv_heads, num_splits=splits,
+            parts, compressed_cu_seqlens, dk, dv, num_kv_heads=num_kv_heads, num_splits=splits,
             **sizes, HEAD_DIM=head_dim, PADDED_DIM=padded, TILE_ROWS=REDUCE_ROWS,
         )  # fmt: skip
-    return dq, dkv[0], dkv[1]
+    return dq, dk, dv
