@@ -1,20 +1,23 @@
-"""Trains a small byte-level language model whose attention is selected attention, on real text, in about two minutes.
+"""Trains a small byte-level language model with Native Sparse Attention on real text, in about two minutes.
 
     python examples/byte_lm.py
 
 The text is the source of Python's own standard library, split by file into training and held-out text. Runs on the GPU
 if there is one, else on the CPU. Ends with a picture of the loss, sampled text, the held-out loss beside a byte-bigram
-baseline, and how far the attention's output is from the float64 reference.
+baseline, and how far the attention's output is from the float64 reference; on a GPU also with the time of the attention
+beside that of dense attention, at the longest context.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import random
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +27,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import matplotlib
 import torch
 from lm_data import END, VOCAB_SIZE, Batch, Bigram, Corpus, draw_batch, load_corpus
-from lm_model import Cache, Config, LanguageModel, Layer, Layout, select_blocks
+from lm_model import Config, LanguageModel, Layout
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 import fsa
+from fsa.module.packed import packed_rows
+from fsa.module.rope import rotate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -43,23 +48,33 @@ class Run:
     tokens_per_step: int
     seconds: float
     held_out_batches: int
+    sampled_bytes: int
 
 
 CPU_RUN = Run(
-    Config(VOCAB_SIZE, dim=128, num_layers=2, num_heads=4, num_kv_heads=1, context=512, block_size=32, topk=4),
+    Config(
+        VOCAB_SIZE, dim=128, num_layers=2, num_heads=4, num_kv_heads=1, context=512, kernel_size=16, kernel_stride=8,
+        block_size=32, topk=4, window_size=64,
+    ),
     tokens_per_step=2048,
     seconds=85,
     held_out_batches=24,
-)
+    sampled_bytes=400,
+)  # fmt: skip
 GPU_RUN = Run(
-    Config(VOCAB_SIZE, dim=512, num_layers=8, num_heads=8, num_kv_heads=2, context=8192, block_size=64, topk=16),
-    tokens_per_step=32768,
+    Config(
+        VOCAB_SIZE, dim=512, num_layers=8, num_heads=8, num_kv_heads=2, context=65536, kernel_size=32, kernel_stride=16,
+        block_size=64, topk=16, window_size=512,
+    ),
+    tokens_per_step=65536,
     seconds=60,
-    held_out_batches=16,
-)
+    held_out_batches=8,
+    sampled_bytes=600,
+)  # fmt: skip
 _WARM_UP_STEPS = 20
 _EVALUATIONS = 8  # of the held-out loss while training
 _EVALUATED_BATCHES = 4  # in each of them
+_TIMED_STEPS = 7
 
 
 class Trainer:
@@ -79,7 +94,7 @@ class Trainer:
 
     def layout(self, lengths: list[int]) -> Layout:
         """The layout of whole documents."""
-        return Layout.of(lengths, lengths, self.run.model.block_size, self.device)
+        return Layout.of(lengths, self.device)
 
     def autocast(self) -> torch.autocast:
         """bf16 on a GPU, fp32 on the CPU."""
@@ -144,7 +159,7 @@ def plot_curve(curve: Curve, bigram: float, path: Path) -> None:
     axis.plot(*zip(*curve.held_out, strict=True), color="#1f5c99", marker="o", label="held out")
     axis.axhline(bigram, color="#c0392b", linestyle="--", label="bigram, held out")
     axis.set(xlabel="bytes of training text", ylabel="bits per byte", ylim=(0, 8.2))
-    axis.set_title("Byte-level language model with selected attention")
+    axis.set_title("Byte-level language model with Native Sparse Attention")
     axis.grid(alpha=0.25)
     axis.legend()
     figure.tight_layout()
@@ -157,28 +172,39 @@ def plot_curve(curve: Curve, bigram: float, path: Path) -> None:
 def sample(trainer: Trainer, prompt: Tensor, length: int, temperature: float = 0.7) -> Iterator[int]:
     """Continues a prompt, byte by byte, until a file ends or `length` bytes are drawn.
 
-    The prompt goes through the model once; after that each new byte is one query over the keys of all bytes before it.
+    The module keeps no keys from call to call: every byte is a pass over all bytes before it.
     """
-    model, device = trainer.model, trainer.device
     generator = torch.Generator().manual_seed(0)
-    cache = Cache(len(model.layers))
-    tokens, total = prompt.long(), 0
+    tokens = prompt.long()
     for _ in range(length):
-        total += len(tokens)
-        layout = Layout.of([len(tokens)], [total], trainer.run.model.block_size, device)
         with trainer.autocast():
-            logits = model(tokens.to(device), layout, cache)[-1]
-        tokens = torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)
-        if tokens.item() == END:
+            logits = trainer.model(tokens.to(trainer.device), trainer.layout([len(tokens)]))[-1]
+        drawn = torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)
+        if drawn.item() == END:
             return
-        yield int(tokens)
+        yield int(drawn)
+        tokens = torch.cat([tokens, drawn])
+
+
+def project(trainer: Trainer, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the first layer's attention makes of tokens [tokens]: q, k, v before RoPE, and the gates."""
+    layer = trainer.model.layers[0]
+    with torch.no_grad(), trainer.autocast():
+        x = layer.attention_norm(trainer.model.embedding(tokens.to(trainer.device)))
+        heads = (
+            projection(x).unflatten(-1, (-1, trainer.run.model.head_dim))
+            for projection in (layer.attention.proj_q, layer.attention.proj_k, layer.attention.proj_v)
+        )
+        return *heads, layer.attention.gate(x)
 
 
 @dataclass(frozen=True)
 class AttentionReport:
     """What the first layer's attention does with held-out text."""
 
-    attended: float  # keys that a query attends to, on average
+    compressed: float  # compressed keys that a query attends to, on average
+    selected: float  # keys of selected blocks
+    window: float  # keys of the sliding window
     visible: float  # keys that it could see
     error: float  # of its output against float64, relative
 
@@ -186,25 +212,67 @@ class AttentionReport:
 @torch.no_grad()
 def inspect_attention(trainer: Trainer, batch: Batch, tokens: int = 2048) -> AttentionReport:
     """Looks at the first layer of the trained model: how sparse it is and, for the first `tokens`, how exact."""
-    config, layer, layout = trainer.run.model, trainer.model.layers[0], trainer.layout(batch.lengths)
-    assert isinstance(layer, Layer)
-    with trainer.autocast():
-        x = layer.attention_norm(trainer.model.embedding(batch.inputs.to(trainer.device)))
-        q, k, v = layer.attention.project(x, layout)
-        topk_idx = select_blocks(q, k, layout, config.topk)
-    seen = layout.position[:, None] + 1
-    attended = (seen - topk_idx * config.block_size).clamp(0, config.block_size).masked_fill(topk_idx < 0, 0)
+    config = trainer.run.model
+    position = torch.cat([torch.arange(length) for length in batch.lengths])
+    windows = (position + 1 - config.kernel_size).div(config.kernel_stride, rounding_mode="floor") + 1
+    # All slots are used as soon as there are enough blocks, and the token's own block is always among them.
+    whole_blocks = (position // config.block_size).clamp(max=config.topk - 1)
+    selected = whole_blocks * config.block_size + position % config.block_size + 1
 
     # The first tokens alone: whatever a query attends to lies before it.
-    q, k, v, topk_idx = q[:tokens], k[:tokens], v[:tokens], topk_idx[:, :tokens]
-    cu_seqlens = layout.cu_seqlens_q.clamp(max=tokens)
-    out = fsa.selected_attention(q, k, v, topk_idx, cu_seqlens, block_size=config.block_size)
-    q, k, v = (tensor.double().cpu() for tensor in (q, k, v))
-    exact = fsa.selected_attention(
-        q, k, v, topk_idx.cpu(), cu_seqlens.cpu(), block_size=config.block_size, backend="reference"
+    attention = trainer.model.layers[0].attention
+    inputs = project(trainer, batch.inputs[:tokens])
+    cu_seqlens = trainer.layout(batch.lengths).cu_seqlens.clamp(max=tokens)
+    with trainer.autocast():
+        out = attention.attend(*inputs, cu_seqlens)
+    exact_attention = copy.deepcopy(attention).cpu().double()
+    exact_attention.backend = "reference"
+    exact = exact_attention.attend(*(tensor.cpu().double() for tensor in inputs), cu_seqlens.cpu())
+    return AttentionReport(
+        compressed=windows.clamp(min=0).double().mean().item(),
+        selected=selected.double().mean().item(),
+        window=(position + 1).clamp(max=config.window_size).double().mean().item(),
+        visible=(position + 1).double().mean().item(),
+        error=((out.cpu().double() - exact).norm() / exact.norm()).item(),
     )
-    error = (out.double().cpu() - exact).norm() / exact.norm()
-    return AttentionReport(attended.sum(-1).float().mean().item(), seen.float().mean().item(), error.item())
+
+
+def step_ms(trainer: Trainer, call: Callable[[], Tensor], leaves: list[Tensor]) -> float:
+    """Median GPU time of a forward of `call` and its backward to `leaves`."""
+    times = []
+    for _ in range(_TIMED_STEPS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        with trainer.autocast():
+            out = call()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])  # the first ones compile and load kernels
+
+
+def compare_with_dense(trainer: Trainer, files: list[Tensor]) -> tuple[float, float]:
+    """Milliseconds of the first layer's attention, forward and backward, and of dense attention in its place.
+
+    From projected q, k and v of one document of the longest context to the attention's output, RoPE included. Dense is
+    PyTorch's scaled_dot_product_attention, with the kernel that PyTorch chooses.
+    """
+    tokens = torch.cat(files)[: trainer.run.model.context].long()
+    layout = trainer.layout([len(tokens)])
+    attention = trainer.model.layers[0].attention
+    leaves = [tensor.requires_grad_() for tensor in project(trainer, tokens)]
+    q, k, v, gates = leaves
+    cosine, sine = attention.rope(packed_rows(layout.cu_seqlens, len(tokens)).position, q.dtype)
+
+    def dense() -> Tensor:
+        heads = (x.transpose(0, 1)[None] for x in (rotate(q, cosine, sine), rotate(k, cosine, sine), v))
+        return functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+    def sparse() -> Tensor:
+        return attention.attend(q, k, v, gates, layout.cu_seqlens, layout.max_seqlen)
+
+    return step_ms(trainer, sparse, leaves), step_ms(trainer, dense, leaves[:3])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -228,7 +296,8 @@ def describe(run: Run, corpus: Corpus, trainer: Trainer) -> str:
         f"{len(corpus.held_out)} held out ({megabytes[1]:.1f} MB)\n"
         f"model: {parameters:.1f} M parameters, {config.num_layers} layers, {config.num_heads} query heads on "
         f"{config.num_kv_heads} KV, documents of up to {config.context} bytes, "
-        f"top {config.topk} blocks of {config.block_size} keys"
+        f"windows of {config.kernel_size} every {config.kernel_stride}, top {config.topk} blocks of "
+        f"{config.block_size} keys, sliding window {config.window_size}"
     )
 
 
@@ -253,7 +322,7 @@ def main() -> None:
     plot_curve(curve, bigram, picture)
 
     prompt = torch.tensor(list(b"\0import os\n\n\ndef "), dtype=torch.uint8)
-    drawn = bytes(sample(trainer, prompt, length=min(1000, run.model.context - len(prompt))))
+    drawn = bytes(sample(trainer, prompt, length=run.sampled_bytes))
     text = (bytes(prompt[1:].tolist()) + drawn).decode(errors="replace")
     print("\nsample:", *(f"    {line}" for line in text.splitlines()), sep="\n")
 
@@ -261,9 +330,19 @@ def main() -> None:
     verdict = "beats" if loss < bigram else "does NOT beat"
     print(
         f"\nloss curve: {picture}\n"
-        f"sparsity:   a query attends to {report.attended:.0f} of the {report.visible:.0f} keys before it, on average\n"
-        f"backend:    {fsa.info().auto[device.type]} on {device.type}; its output is {report.error:.1e} from the "
-        f"float64 reference (relative)\n"
+        f"sparsity:   of the {report.visible:.0f} keys before it a query attends, on average, to "
+        f"{report.selected:.0f} in selected blocks and {report.window:.0f} in its window, and to "
+        f"{report.compressed:.0f} compressed ones"
+    )
+    if device.type == "cuda":
+        sparse_ms, dense_ms = compare_with_dense(trainer, corpus.held_out)
+        print(
+            f"speed:      attention of a layer, {run.model.context} tokens, forward and backward: {sparse_ms:.1f} ms, "
+            f"dense attention {dense_ms:.1f} ms"
+        )
+    print(
+        f"backend:    selected attention runs on {fsa.info().auto[device.type]}, on {device.type}; the module's output "
+        f"is {report.error:.1e} from the float64 reference (relative)\n"
         f"held out:   {loss:.3f} bits/byte ({loss * math.log(2):.3f} nats), {verdict} the bigram's {bigram:.3f} "
         f"({bigram * math.log(2):.3f} nats)"
     )

@@ -38,6 +38,11 @@ class Batch:
     lengths: list[int]  # tokens of each window
 
 
+def read_file(path: Path) -> Tensor:
+    """The bytes of a file as uint8, between two ENDs."""
+    return torch.frombuffer(bytearray([END]) + path.read_bytes() + bytearray([END]), dtype=torch.uint8)
+
+
 def load_corpus() -> Corpus:
     """Reads the standard library's source and splits it by a hash of each file's path.
 
@@ -50,8 +55,8 @@ def load_corpus() -> Corpus:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if _SKIPPED_FOLDERS.isdisjoint(name.parts) and path.stat().st_size > 0:
-            data = torch.frombuffer(bytearray([END]) + path.read_bytes() + bytearray([END]), dtype=torch.uint8)
-            (held_out if zlib.crc32(name.as_posix().encode()) % _HELD_OUT_ONE_IN == 0 else train).append(data)
+            held = zlib.crc32(name.as_posix().encode()) % _HELD_OUT_ONE_IN == 0
+            (held_out if held else train).append(read_file(path))
     if not train or not held_out:
         raise FileNotFoundError(f"no Python source under {root}; run the example with a Python that ships its library")
     return Corpus(train, held_out)

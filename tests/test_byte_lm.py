@@ -1,4 +1,4 @@
-"""The example's parts: the corpus split, the packing, block selection, decoding with a cache."""
+"""The example's parts: the corpus split, the packing, the model, training, sampling and the report."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from typing import Any
 import pytest
 import torch
 
+from fsa.module.compressed_attention import compressed_attention
+from fsa.module.compression import find_windows
+from fsa.module.selection import select_blocks
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+pytest.importorskip("matplotlib")
 
 lm_data: ModuleType = importlib.import_module("lm_data")
 lm_model: ModuleType = importlib.import_module("lm_model")
+byte_lm: ModuleType = importlib.import_module("byte_lm")
 
 CPU = torch.device("cpu")
 CONFIG = lm_model.Config(
-    vocab_size=256, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, context=256, block_size=32, topk=4
-)
+    vocab_size=256, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, context=256, kernel_size=16, kernel_stride=8,
+    block_size=32, topk=4, window_size=40,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +68,10 @@ def test_bigram_counts_pairs() -> None:
     assert bigram.bits_per_byte([after_a]) == pytest.approx(expected.item())
 
 
-def test_selection_is_causal_and_stays_in_the_document() -> None:
-    lengths = [100, 1, 200]
-    layout = lm_model.Layout.of(lengths, lengths, CONFIG.block_size, CPU)
-    torch.manual_seed(0)
-    q, k = torch.randn(301, 4, 8), torch.randn(301, 2, 8)
-    topk_idx = lm_model.select_blocks(q, k, layout, CONFIG.topk)
-    assert topk_idx.shape == (2, 301, 4) and topk_idx.dtype == torch.int32
-    position = torch.cat([torch.arange(length) for length in lengths])
-    own = position // CONFIG.block_size
-    assert (topk_idx.max(-1).values == own).all()
-    assert ((topk_idx >= 0).sum(-1) == (own + 1).clamp(max=CONFIG.topk)).all()
-    assert all((topk_idx == block[:, None]).any(-1).all() for block in (0 * own, (own - 1).clamp(min=0)))
-
-
-def test_selection_takes_the_blocks_whose_mean_key_scores_highest() -> None:
-    layout = lm_model.Layout.of([192], [192], 32, CPU)
-    torch.manual_seed(0)
-    q, k = torch.randn(192, 2, 8), torch.randn(192, 1, 8)
-    topk_idx = lm_model.select_blocks(q, k, layout, topk=4)
-    means = k.unflatten(0, (6, 32)).mean(1)[:, 0]  # [blocks, head_dim]
-    best = (q[170].sum(0) @ means[1:4].T).argmax() + 1  # the last query's free slot: 0, 4 and 5 are always selected
-    assert sorted(topk_idx[0, 170].tolist()) == sorted([0, 4, 5, int(best)])
-
-
 def test_no_byte_sees_what_comes_after_it(model: Any) -> None:
     torch.manual_seed(1)
     tokens = torch.randint(0, 256, (200,))
-    layout = lm_model.Layout.of([200], [200], CONFIG.block_size, CPU)
+    layout = lm_model.Layout.of([200], CPU)
     changed = tokens.clone()
     changed[150:] = 7
     torch.testing.assert_close(model(tokens, layout)[:150], model(changed, layout)[:150])
@@ -95,19 +79,57 @@ def test_no_byte_sees_what_comes_after_it(model: Any) -> None:
 
 def test_packed_documents_do_not_mix(model: Any) -> None:
     tokens = torch.randint(0, 256, (180,))
-    packed = model(tokens, lm_model.Layout.of([120, 60], [120, 60], CONFIG.block_size, CPU))
-    alone = model(tokens[120:], lm_model.Layout.of([60], [60], CONFIG.block_size, CPU))
+    packed = model(tokens, lm_model.Layout.of([120, 60], CPU))
+    alone = model(tokens[120:], lm_model.Layout.of([60], CPU))
     torch.testing.assert_close(packed[120:], alone)
 
 
-def test_decoding_with_a_cache_equals_the_whole_pass(model: Any) -> None:
-    torch.manual_seed(2)
-    tokens = torch.randint(0, 256, (150,))
-    whole = model(tokens, lm_model.Layout.of([150], [150], CONFIG.block_size, CPU))
-    cache = lm_model.Cache(CONFIG.num_layers)
-    parts, begin = [], 0
-    for length in (70, 1, 1, 50, 1, 27):
-        begin += length
-        layout = lm_model.Layout.of([length], [begin], CONFIG.block_size, CPU)
-        parts.append(model(tokens[begin - length : begin], layout, cache))
-    torch.testing.assert_close(torch.cat(parts), whole)
+@pytest.fixture
+def trainer() -> Any:
+    torch.manual_seed(0)
+    run = byte_lm.Run(CONFIG, tokens_per_step=512, seconds=1, held_out_batches=2, sampled_bytes=5)
+    return byte_lm.Trainer(run, CPU)
+
+
+def test_a_step_lowers_the_loss_and_trains_every_parameter(corpus: Any, trainer: Any) -> None:
+    batch = lm_data.draw_batch(corpus.train, tokens=512, context=256, rng=random.Random(0))
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    losses = [trainer.step(batch, rate=0.5) for _ in range(4)]
+    assert losses[0] == pytest.approx(8, abs=0.3)  # bits of a byte of which nothing is known
+    assert losses[-1] < losses[0] - 0.5
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+def test_sampling_is_repeatable(trainer: Any) -> None:
+    prompt = torch.tensor(list(b"import "), dtype=torch.uint8)
+    first, again = (list(byte_lm.sample(trainer, prompt, length=5)) for _ in range(2))
+    assert first == again and len(first) <= 5
+
+
+def test_the_report_counts_what_the_attention_reads(corpus: Any, trainer: Any) -> None:
+    batch = lm_data.draw_batch(corpus.held_out, tokens=512, context=256, rng=random.Random(0))
+    report = byte_lm.inspect_attention(trainer, batch)
+    assert report.error < 1e-5
+    layout = trainer.layout(batch.lengths)
+    total = len(batch.inputs)
+    windows = find_windows(layout.cu_seqlens, total, CONFIG.kernel_size, CONFIG.kernel_stride)
+    q, k, v, _ = byte_lm.project(trainer, batch.inputs)
+    compressed_k, compressed_v = trainer.model.layers[0].attention.compress(k, v, windows)
+    sizes = {"kernel_size": CONFIG.kernel_size, "kernel_stride": CONFIG.kernel_stride}
+    sequences = (layout.cu_seqlens, windows.cu_seqlens)
+    # All scores equal: the log of the sum counts the windows seen.
+    _, lse = compressed_attention(0 * q, compressed_k, compressed_v, *sequences, **sizes)
+    topk_idx = select_blocks(
+        q, compressed_k, lse, *sequences, **sizes, block_size=32, topk=4, init_blocks=1, local_blocks=2
+    )
+    position = torch.cat([torch.arange(length) for length in batch.lengths])
+    keys = (position[:, None] + 1 - 32 * topk_idx).clamp(0, 32).masked_fill(topk_idx < 0, 0)
+    assert report.compressed == pytest.approx(lse.exp().mean().item(), rel=1e-5)
+    assert report.selected == pytest.approx(keys.sum(-1).double().mean().item())
+
+
+@pytest.mark.gpu
+def test_the_comparison_with_dense_attention_runs(corpus: Any) -> None:
+    device = torch.device("cuda")
+    trainer = byte_lm.Trainer(byte_lm.Run(CONFIG, 512, 1, 2, 5), device)
+    assert min(byte_lm.compare_with_dense(trainer, corpus.held_out)) > 0
