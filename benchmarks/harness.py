@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,49 @@ def extra_gib(call: Callable[[], Tensor | Sequence[Tensor]]) -> float:
         {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
     )
     return max(0, torch.cuda.max_memory_allocated() - before - outputs) / 2**30
+
+
+class Measured(NamedTuple):
+    """What a pass took."""
+
+    ms: float
+    extra_gib: float
+    saved_gib: float  # of a backward: what its forward kept for it, beside inputs and outputs
+
+
+def measure_pass(
+    timer: GpuTimer, name: str, call: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
+) -> Measured:
+    """Time and memory of a pass of `call`, "forward" or "backward"; the backward alone, its forward done before.
+
+    Args:
+        timer: measures the time.
+        name: of the pass.
+        call: computes the outputs from `leaves`.
+        leaves: tensors that require gradients, all of which the outputs depend on.
+    """
+    if name == "forward":
+
+        def measured() -> Sequence[Tensor]:
+            with torch.no_grad():
+                return call()
+
+        measured()  # compiles, and loads kernels, whose memory is not the call's
+        saved = 0.0
+    else:
+        call()
+        before = torch.cuda.memory_allocated()
+        outputs = call()
+        storages = {output.untyped_storage().data_ptr(): output.untyped_storage().nbytes() for output in outputs}
+        saved = max(0, torch.cuda.memory_allocated() - before - sum(storages.values())) / 2**30
+        gradients = [torch.randn_like(output) for output in outputs]
+
+        def measured() -> Sequence[Tensor]:
+            return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+        measured()
+    gib = extra_gib(measured)
+    return Measured(timer.ms(measured), gib, saved)
 
 
 def csrc_sha256(root: Path = ROOT) -> str:

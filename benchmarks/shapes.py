@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from .selections import PATTERNS
 @dataclass(frozen=True)
 class Shape:
     """One causal sequence and its selection."""
+
+    SELECTIONS: ClassVar[tuple[str, ...]] = PATTERNS
 
     tokens: int
     num_kv_heads: int
@@ -27,7 +30,7 @@ class Shape:
         sizes = (self.tokens, self.num_kv_heads, self.group_size)
         if min(sizes) < 1 or not 1 <= self.topk <= 512 or self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"not a shape of selected attention: {self}")
-        if self.block_size not in (32, 64, 128, 256) or self.selection not in PATTERNS:
+        if self.block_size not in (32, 64, 128, 256) or self.selection not in self.SELECTIONS:
             raise ValueError(f"unknown block_size or selection: {self}")
         if self.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype must be float16 or bfloat16: {self}")
@@ -49,6 +52,25 @@ class Shape:
             f"block {self.block_size}, top {self.topk}, {self.selection}",
         ]
         return ", ".join(parts) + (f", {self.dtype}" if self.dtype != "bfloat16" else "")
+
+
+@dataclass(frozen=True)
+class ModuleShape(Shape):
+    """One causal sequence in the NSA module, which selects blocks itself."""
+
+    SELECTIONS: ClassVar[tuple[str, ...]] = ("own",)
+
+    block_size: int = 64
+    topk: int = 16
+    selection: str = "own"
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    window_size: int = 512
+
+    def __str__(self) -> str:
+        """One line that tells this shape from the others."""
+        windows = f"windows {self.kernel_size}/{self.kernel_stride}, sliding {self.window_size}"
+        return super().__str__().replace(self.selection, windows, 1)
 
 
 _LONG = Shape(tokens=65536, num_kv_heads=4, group_size=1, block_size=64, topk=16)
@@ -83,4 +105,12 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     ),
     "head_dims": tuple(replace(_GROUP_4, head_dim=head_dim) for head_dim in (64, 128, 256)),
     "dtypes": tuple(replace(_GROUP_4, dtype=dtype) for dtype in ("bfloat16", "float16")),
+}
+
+_MODULE = ModuleShape(tokens=65536, num_kv_heads=4, group_size=4)
+
+MODULE_SHAPES: dict[str, tuple[ModuleShape, ...]] = {
+    "quick": (replace(_MODULE, tokens=16384),),
+    "groups": tuple(replace(_MODULE, group_size=group) for group in (1, 4, 16)),
+    "tokens": tuple(replace(_MODULE, tokens=2**n) for n in range(13, 18)),
 }

@@ -1,0 +1,119 @@
+"""The pictures of the module's benchmark: time by branch as stacked bars, and forward + backward over tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .harness import Row
+from .shapes import ModuleShape
+
+BRANCHES = (
+    "rope", "compression", "compressed_attention", "selection", "selected_attention", "sliding_window", "gates",
+)  # fmt: skip
+_COLOURS = dict(
+    zip(BRANCHES, ("#8c6d46", "#c9a66b", "#1f5c99", "#7fb2dd", "#2a7f3f", "#d98b2b", "#b0b0b0"), strict=True)
+)
+_SIZES = (
+    "tokens", "num_kv_heads", "group_size", "head_dim", "block_size", "topk", "kernel_size", "kernel_stride",
+    "window_size",
+)  # fmt: skip
+
+
+def module_shape_of(row: Row) -> ModuleShape:
+    """The shape that a row was measured for."""
+    return ModuleShape(**{key: int(row[key]) for key in _SIZES}, dtype=row["dtype"])
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_branches(result: dict[str, Any], path: Path) -> bool:
+    """Draws a panel a pass: for every shape the branches stacked up to the total, dense attention beside them.
+
+    Returns:
+        Whether there was something to draw, into a PNG.
+    """
+    rows = [row for row in result["rows"] if row["ms"] is not None]
+    branches = [row for row in rows if row["stage"] in BRANCHES]
+    if not branches:
+        return False
+    passes = list(dict.fromkeys(row["pass"] for row in branches))
+    bars = list(dict.fromkeys((module_shape_of(row), row["backend"]) for row in branches))
+    dense = {(module_shape_of(row), row["pass"]): row["ms"] for row in rows if row["backend"] == "dense"}
+    ms = {(module_shape_of(row), row["backend"], row["pass"], row["stage"]): row["ms"] for row in branches}
+
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(passes), figsize=(4 + 5 * len(passes), 2 + 0.6 * len(bars)), sharey=True, squeeze=False
+    )
+    for axis, name in zip(axes[0], passes, strict=True):
+        left = [0.0] * len(bars)
+        for branch in BRANCHES:
+            widths = [ms.get((shape, backend, name, branch), 0.0) for shape, backend in bars]
+            axis.barh(range(len(bars)), widths, 0.6, left=left, color=_COLOURS[branch], label=branch.replace("_", " "))
+            left = [begin + width for begin, width in zip(left, widths, strict=True)]
+        longest = max(left)
+        for place, (total, (shape, _)) in enumerate(zip(left, bars, strict=True)):
+            beside = dense.get((shape, name))
+            text = f"{total:.3g}" + (f"  (dense {beside:.3g})" if beside else "")
+            axis.text(total + 0.01 * longest, place, text, va="center", fontsize=8)
+        axis.set(title=name, xlabel="ms", xlim=(0, 1.3 * longest))
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+    labels = [
+        f"{shape.tokens} tokens,\n{shape.num_kv_heads} x {shape.group_size} heads, {name}" for shape, name in bars
+    ]
+    axes[0][0].set_yticks(range(len(bars)), labels, fontsize=8)
+    axes[0][0].set_ylim(len(bars) - 0.4, -0.6)  # the first shape on top
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=8)
+    figure.suptitle(f"NSA module from q, k, v to gated output on {result['gpu']}", x=0.02, ha="left")
+    figure.tight_layout(rect=(0, 0.06, 1, 0.98))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def plot_tokens(result: dict[str, Any], path: Path) -> bool:
+    """Draws forward + backward over the number of tokens, a line for each group size and backend, dense dashed.
+
+    Returns:
+        Whether some line had two points, so that a PNG was drawn.
+    """
+    times: dict[tuple[int, str], dict[int, dict[str, float]]] = {}  # (group, backend) -> tokens -> pass -> ms
+    for row in result["rows"]:
+        if row["stage"] == "total" and row["ms"] is not None:
+            line = times.setdefault((row["group_size"], row["backend"]), {})
+            line.setdefault(row["tokens"], {})[row["pass"]] = row["ms"]
+    lines = {
+        key: sorted((tokens, sum(passes.values())) for tokens, passes in line.items() if len(passes) == 2)
+        for key, line in times.items()
+    }
+    lines = {key: line for key, line in lines.items() if len(line) > 1}
+    if not lines:
+        return False
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    colours = dict(zip(dict.fromkeys(group for group, _ in lines), ("#2a7f3f", "#1f5c99", "#d98b2b"), strict=False))
+    for (group, backend), line in lines.items():
+        style = {"cuda": "-", "triton": ":"}.get(backend, "--")
+        label = f"{'dense, cuDNN' if backend == 'dense' else f'module, {backend}'}, group {group}"
+        axis.plot(*zip(*line, strict=True), style, marker="o", color=colours.get(group), label=label)
+    ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
+    axis.set(xscale="log", yscale="log", xlabel="tokens of one sequence", ylabel="forward + backward, ms")
+    axis.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend()
+    axis.set_title(f"NSA module and dense attention on {result['gpu']}", loc="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
