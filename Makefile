@@ -1,11 +1,12 @@
 # Needs make and a python3 of 3.10 or later; the rest goes into .venv. A torch that python3 has is used, see tools/make_venv.py.
 #
-#   make demo      train a small language model on the op and show what it learned
-#   make test      run the tests: on the GPU if there is one, else on the CPU (Triton under its interpreter)
-#   make lint      formatters, linters, types
-#   make build     a wheel in dist/
-#   make bench     the benchmark of the op (GPU)
-#   make sanitize  compute-sanitizer over a short matrix of shapes (GPU)
+#   make demo          train a small language model with the module and show what it learned
+#   make test          run the tests: on the GPU if there is one, else on the CPU (Triton under its interpreter)
+#   make lint          formatters, linters, types
+#   make build         a wheel in dist/
+#   make bench         the benchmark of the op (GPU)
+#   make bench-module  the benchmark of the module (GPU)
+#   make sanitize      compute-sanitizer over a short matrix of shapes (GPU)
 #   make clean
 
 ifndef PYTHON # found before .venv/bin comes first in PATH
@@ -24,7 +25,7 @@ csrc := $(shell find csrc -type f)
 clang_formatted := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 sanitizers := memcheck racecheck initcheck synccheck
 
-.PHONY: demo test lint build bench sanitize install clean
+.PHONY: demo test lint build bench bench-module sanitize install clean
 
 demo: install
 	python examples/byte_lm.py
@@ -43,6 +44,9 @@ build: install
 
 bench: install
 	python -m benchmarks.bench_selected_attention $(BENCH_ARGS)
+
+bench-module: install
+	python -m benchmarks.bench_nsa_module $(BENCH_ARGS)
 
 sanitize: install
 	for tool in $(sanitizers); do \

@@ -46,6 +46,7 @@ def plot_branches(result: dict[str, Any], path: Path) -> bool:
         return False
     passes = list(dict.fromkeys(row["pass"] for row in branches))
     bars = list(dict.fromkeys((module_shape_of(row), row["backend"]) for row in branches))
+    bars.sort(key=lambda bar: (bar[0].group_size, bar[0].tokens))
     dense = {(module_shape_of(row), row["pass"]): row["ms"] for row in rows if row["backend"] == "dense"}
     ms = {(module_shape_of(row), row["backend"], row["pass"], row["stage"]): row["ms"] for row in branches}
 
