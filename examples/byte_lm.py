@@ -28,6 +28,7 @@ import matplotlib
 import torch
 from lm_data import END, VOCAB_SIZE, Batch, Bigram, Corpus, draw_batch, load_corpus
 from lm_model import Config, LanguageModel, Layout
+from muon import Muon
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -87,7 +88,7 @@ class Trainer:
         matrices = [parameter for parameter in self.model.layers.parameters() if parameter.dim() == 2]
         others = [parameter for parameter in self.model.parameters() if all(parameter is not m for m in matrices)]
         self._optimizers = [
-            torch.optim.Muon(matrices, lr=0.03, momentum=0.95, weight_decay=0.1),
+            Muon(matrices, lr=0.03, momentum=0.95, weight_decay=0.1),
             torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
