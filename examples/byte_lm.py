@@ -273,7 +273,8 @@ def compare_with_dense(trainer: Trainer, files: list[Tensor]) -> tuple[float, fl
     def sparse() -> Tensor:
         return attention.attend(q, k, v, gates, layout.cu_seqlens, layout.max_seqlen)
 
-    return step_ms(trainer, sparse, leaves), step_ms(trainer, dense, leaves[:3])
+    compression = [attention.compress_key, attention.compress_value, attention.intra_block_pe]
+    return step_ms(trainer, sparse, [*leaves, *compression]), step_ms(trainer, dense, leaves[:3])
 
 
 def parse_arguments() -> argparse.Namespace:
