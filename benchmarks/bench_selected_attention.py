@@ -38,6 +38,7 @@ from .shapes import SHAPES, Shape
 PASSES = ("forward", "backward")
 BACKENDS = ("cuda", "triton", "dense", "bound")
 STAGES = ("plan", "forward_main", "forward_reduce", "backward_preprocess", "backward_main", "backward_reduce")
+SHARED_STAGES = ("forward_split", "forward_shared")  # of backends that share blocks
 
 _SAMPLED_TOKENS = 256
 _SAMPLED_BLOCKS = ((0, 0.5), (-1, 0.75))  # (KV head, place of the block in the sequence)
@@ -250,7 +251,8 @@ class Case:
 
 def _timed_stages(stages: ModuleType, recorder: harness.SpanRecorder) -> ModuleType:
     timed = ModuleType("timed_stages")
-    for function in STAGES:
+    timed.shares_blocks = stages.shares_blocks  # type: ignore[attr-defined]
+    for function in STAGES + (SHARED_STAGES if hasattr(stages, "forward_shared") else ()):
         stage = function.removeprefix("forward_").removeprefix("backward_")
         setattr(timed, function, recorder.wrap(stage, getattr(stages, function)))
     return timed

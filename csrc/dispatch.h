@@ -67,6 +67,11 @@ constexpr bool has_backward_sm90(int head_dim, int tile_k) {
     return head_dim <= 128 && tile_k == 64;
 }
 
+// Whether the forward has a kernel for blocks shared by a query tile, on sm_90a: it takes 64 keys at a time.
+constexpr bool has_forward_shared(int block_size) {
+    return block_size % 64 == 0;
+}
+
 // arch: the newest GPU architecture whose kernels may run, 80 or 90. Calls sm90() when it is 90 and there is such a
 // kernel, else sm80().
 template <bool kHasSm90, typename Sm80, typename Sm90>

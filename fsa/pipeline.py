@@ -6,6 +6,7 @@ backward_main and backward_reduce. Arguments are checked before they come here; 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import workspace
 from .problem import Chunk, Problem
+from .tiling import SHARED_MIN_QUERIES
 from .workspace import Sizes
 
 
@@ -30,10 +32,13 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
 
     out = q.new_empty(q.shape)
     lse = q.new_empty((problem.num_heads, problem.total_q), dtype=torch.float32)
-    sizes, limit = Sizes.of(problem), workspace.get_workspace_limit()
+    limit = workspace.get_workspace_limit()
+    shares_blocks = stages.shares_blocks(problem) and workspace.may_share_blocks(Sizes.of(problem), limit)
+    sizes = Sizes.of(problem, shares_blocks)
     with torch.cuda.device_of(q):
+        scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
         for chunk in workspace.plan_chunks(sizes, "forward", limit):
-            _forward_chunk(problem, stages, chunk, sizes, limit, out, lse)
+            _forward_chunk(problem, stages, chunk, sizes, limit, scattered_idx, out, lse)
     return out, lse
 
 
@@ -91,14 +96,38 @@ def as_kernel_input(tensor: Tensor) -> Tensor:
 
 
 def _forward_chunk(
-    problem: Problem, stages: ModuleType, chunk: Chunk, sizes: Sizes, limit: int, out: Tensor, lse: Tensor
+    problem: Problem,
+    stages: ModuleType,
+    chunk: Chunk,
+    sizes: Sizes,
+    limit: int,
+    scattered_idx: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    per_item = workspace.edges_per_item(sizes, "forward", chunk.num_heads, chunk.num_queries, limit)
-    specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
-    plan = stages.plan(problem, chunk, per_item, workspace.query_ranges(sizes, "forward", chunk.num_queries))
-    buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+    """The stages of a chunk; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
+    device, num_heads, num_queries = problem.q.device, chunk.num_heads, chunk.num_queries
+    shared_exponent = None
+    if scattered_idx is not None:
+        specs = workspace.shared_buffers(sizes, num_heads, num_queries)
+        shared_exponent = specs.pop("shared_exponent").empty(device)
+        shared = {name: spec.empty(device) for name, spec in specs.items()}
+        stages.forward_split(problem, chunk, SHARED_MIN_QUERIES, scattered_idx, **shared)
+        problem = dataclasses.replace(problem, topk_idx=scattered_idx)
+    per_item = workspace.edges_per_item(sizes, "forward", num_heads, num_queries, limit)
+    plan = stages.plan(problem, chunk, per_item, workspace.query_ranges(sizes, "forward", num_queries))
+    buffers = {
+        name: spec.empty(device) for name, spec in workspace.forward_buffers(sizes, num_heads, num_queries).items()
+    }
     stages.forward_main(problem, chunk, plan, **buffers)
-    stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse)
+    if shared_exponent is None:
+        stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse)
+        return
+    stages.forward_shared(
+        problem, chunk, **shared, o_partial=buffers["o_partial"], lse_partial=buffers["lse_partial"],
+        shared_exponent=shared_exponent,
+    )  # fmt: skip
+    stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse, shared_exponent=shared_exponent)
 
 
 def _backward_chunk(

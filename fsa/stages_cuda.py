@@ -1,4 +1,4 @@
-"""The six stages bound to the compiled extension: same names and signatures as in `triton_ref.stages`.
+"""The stages bound to the compiled extension: same names and signatures as in `triton_ref.stages`.
 
 The extension implements the private ops whose schemas stand here; `fsa.backends` loads it first.
 """
@@ -15,8 +15,12 @@ from .tiling import plan_parts, plan_scratch
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
 _PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor(n!) next_item, int edges_per_item"
+_SHARED = "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) shared_slots, Tensor(e!) shared_next"
 
 _library = torch.library.Library("fsa", "FRAGMENT")
+_library.define(
+    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int min_queries, Tensor(a!) scattered_idx, {_SHARED}) -> ()"
+)
 _library.define(
     f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
     ", Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) next_item, Tensor(e!) scratch) -> ()"
@@ -26,8 +30,12 @@ _library.define(
     "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) value_exponent, int arch) -> ()"
 )
 _library.define(
+    f"_forward_shared(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_SHARED}, "
+    "Tensor(f!) o_partial, Tensor(g!) lse_partial, Tensor(h!) shared_exponent) -> ()"
+)
+_library.define(
     f"_forward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor o_partial, Tensor lse_partial, "
-    "Tensor value_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
+    "Tensor value_exponent, Tensor? shared_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 _library.define("_backward_preprocess(Tensor out, Tensor dout, Tensor? dlse, Tensor(a!) delta) -> ()")
 _library.define(
@@ -62,6 +70,35 @@ def _chunk(problem: Problem, chunk: Chunk) -> _ChunkArguments:
 
 def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return plan.csr_offsets, plan.csr_edges, plan.work_items, plan.next_item, plan.edges_per_item
+
+
+def shares_blocks(problem: Problem) -> bool:
+    """Whether the forward has its query-outer stages, split and shared: on sm_90a, for blocks of 64 keys and more."""
+    return kernel_arch(problem.q.device) >= 90 and problem.block_size % 64 == 0
+
+
+def forward_split(
+    problem: Problem,
+    chunk: Chunk,
+    min_queries: int,
+    scattered_idx: Tensor,
+    shared_blocks: Tensor,
+    shared_counts: Tensor,
+    shared_slots: Tensor,
+    shared_next: Tensor,
+) -> None:
+    """Find the blocks that at least `min_queries` of a query tile select; leave the other slots in `scattered_idx`."""
+    _ops._forward_split(
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.total_k,
+        min_queries,
+        scattered_idx,
+        shared_blocks,
+        shared_counts,
+        shared_slots,
+        shared_next,
+    )
 
 
 def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
@@ -113,6 +150,35 @@ def forward_main(
     )
 
 
+def forward_shared(
+    problem: Problem,
+    chunk: Chunk,
+    shared_blocks: Tensor,
+    shared_counts: Tensor,
+    shared_slots: Tensor,
+    shared_next: Tensor,
+    o_partial: Tensor,
+    lse_partial: Tensor,
+    shared_exponent: Tensor,
+) -> None:
+    """Attend to the blocks that a query tile shares, all of them at once; write one partial for them a row."""
+    _ops._forward_shared(
+        problem.q,
+        problem.k,
+        problem.v,
+        *_selection(problem),
+        *_chunk(problem, chunk),
+        problem.softmax_scale,
+        shared_blocks,
+        shared_counts,
+        shared_slots,
+        shared_next,
+        o_partial,
+        lse_partial,
+        shared_exponent,
+    )
+
+
 def forward_reduce(
     problem: Problem,
     chunk: Chunk,
@@ -121,8 +187,12 @@ def forward_reduce(
     value_exponent: Tensor,
     out: Tensor,
     lse: Tensor,
+    shared_exponent: Tensor | None = None,
 ) -> None:
-    """Merge the partials of every query's slots into `out` and `lse`."""
+    """Merge the partials of every query's slots into `out` and `lse`.
+
+    Where blocks are shared, `problem` has `scattered_idx` for its topk_idx.
+    """
     _ops._forward_reduce(
         *_selection(problem),
         *_chunk(problem, chunk),
@@ -130,6 +200,7 @@ def forward_reduce(
         o_partial,
         lse_partial,
         value_exponent,
+        shared_exponent,
         out,
         lse,
     )

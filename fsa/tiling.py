@@ -14,6 +14,12 @@ _CPU_NUM_SMS = 8
 _QUERY_BYTES_IN_L2 = 16 << 20
 
 
+# csrc/params.h: neighbouring queries that share blocks.
+_QUERY_TILE = 64
+# Queries of a tile that must select a block for it to be shared.
+SHARED_MIN_QUERIES = 16
+
+
 def ceil_div(a: int, b: int) -> int:
     """Quotient rounded up."""
     return -(-a // b)
@@ -60,6 +66,16 @@ def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks
     queries_in_l2 = max(1, _QUERY_BYTES_IN_L2 // row_bytes)
     most = 2 * num_queries * topk // (num_blocks * edges_per_item)
     return max(1, min(ceil_div(num_queries, queries_in_l2), most))
+
+
+def query_tiles(num_queries: int) -> int:
+    """Query tiles of a chunk."""
+    return ceil_div(num_queries, _QUERY_TILE)
+
+
+def max_shared_blocks(topk: int) -> int:
+    """Blocks that a query tile can share."""
+    return _QUERY_TILE * topk // SHARED_MIN_QUERIES
 
 
 def plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> int:

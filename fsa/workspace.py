@@ -6,10 +6,12 @@ The bound. Besides outputs, a call allocates at most
 
     max(limit, delta + accumulators of one KV head + limit / 4)
 
-bytes, where `delta` (num_heads * total_q fp32) and the accumulators (dk and dv in fp32, 8 * total_k * head_dim bytes a
-KV head, needed only when the queries are cut) belong to the backward alone. The second term wins only for sequences so
-long that these two leave less than a quarter of the limit for the chunks. Copies of inputs that the kernels cannot
-read in place (last dimension strided, or not aligned to 16 bytes) come on top.
+bytes. `delta` (num_heads * total_q fp32) and the accumulators (dk and dv in fp32, 8 * total_k * head_dim bytes a KV
+head, needed only when the queries are cut) belong to the backward alone. The second term wins only for sequences so
+long that these two leave less than a quarter of the limit for the chunks. A forward that shares blocks
+(csrc/README.md) has a copy of topk_idx among its bytes, and does without where that took more than a quarter of the
+limit. Copies of inputs that the kernels cannot read in place (last dimension strided, or not aligned to 16 bytes)
+come on top.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from .tiling import (
     forward_edges_per_item,
     forward_query_ranges,
     forward_tile_k,
+    max_shared_blocks,
     num_sms,
     plan_parts,
     plan_scratch,
+    query_tiles,
     round_up,
 )
 
@@ -120,9 +124,10 @@ class Sizes:
     block_size: int
     dtype: torch.dtype  # of q, k and v
     num_sms: int
+    shares_blocks: bool = False  # the forward has query-outer stages
 
     @classmethod
-    def of(cls, problem: Problem) -> Sizes:
+    def of(cls, problem: Problem, shares_blocks: bool = False) -> Sizes:
         """The sizes of a problem on its device."""
         return cls(
             total_q=problem.total_q,
@@ -135,12 +140,18 @@ class Sizes:
             block_size=problem.block_size,
             dtype=problem.q.dtype,
             num_sms=num_sms(problem.q.device),
+            shares_blocks=shares_blocks,
         )
 
     @property
     def accumulator_bytes(self) -> int:
         """dk and dv of one KV head in fp32."""
         return 2 * 4 * self.total_k * self.head_dim
+
+    @property
+    def scattered_bytes(self) -> int:
+        """scattered_idx of the whole problem: [num_kv_heads, total_q, topk] int32."""
+        return 4 * self.num_kv_heads * self.total_q * self.topk
 
     @property
     def delta_bytes(self) -> int:
@@ -209,6 +220,23 @@ def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str,
     }
 
 
+def may_share_blocks(sizes: Sizes, limit: int) -> bool:
+    """Whether scattered_idx, which a call has whole, is small enough beside its chunks."""
+    return sizes.scattered_bytes <= limit // 4
+
+
+def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
+    """What the query-outer stages of the forward hand to each other and to the reduce stage."""
+    tiles = query_tiles(num_queries)
+    return {
+        "shared_blocks": Buffer((num_heads, tiles, max_shared_blocks(sizes.topk), 4), torch.int32),
+        "shared_counts": Buffer((num_heads, tiles), torch.int32),
+        "shared_slots": Buffer((num_heads, num_queries), torch.int32),
+        "shared_next": Buffer((1,), torch.int32),
+        "shared_exponent": Buffer((num_heads, num_queries, sizes.group_size), torch.int32),
+    }
+
+
 def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
     """What the backward main stage hands to the reduce stage."""
     tile_k = backward_tile_k(sizes.head_dim, sizes.block_size)
@@ -227,6 +255,8 @@ def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, lim
     buffers = plan_buffers(sizes, num_heads, num_queries, per_item, num_ranges)
     if which == "forward":
         buffers |= forward_buffers(sizes, num_heads, num_queries)
+        if sizes.shares_blocks:
+            buffers |= shared_buffers(sizes, num_heads, num_queries)
     else:
         buffers |= backward_buffers(sizes, num_heads, num_queries, per_item)
     scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
@@ -256,9 +286,11 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
     """The decision of `plan_chunks`: in how many groups the KV heads go, and how many queries a chunk has."""
     all_heads, all_queries = sizes.num_kv_heads, sizes.total_q
     delta = sizes.delta_bytes if which == "backward" else 0
+    scattered = sizes.scattered_bytes if which == "forward" and sizes.shares_blocks else 0
+    whole = delta + scattered
 
     for groups in range(1, all_heads + 1):
-        if _fits(sizes, which, groups, all_queries, limit, limit - delta):
+        if _fits(sizes, which, groups, all_queries, limit, limit - whole):
             return groups, all_queries
 
     groups = 1
@@ -269,7 +301,7 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
         groups = min(2 * groups, all_heads)
 
     accumulators = ceil_div(all_heads, groups) * sizes.accumulator_bytes if which == "backward" else 0
-    return groups, _query_step(sizes, which, groups, limit, max(limit - delta - accumulators, limit // 4))
+    return groups, _query_step(sizes, which, groups, limit, max(limit - whole - accumulators, limit // 4))
 
 
 def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, budget: int) -> bool:

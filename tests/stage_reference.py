@@ -19,6 +19,7 @@ from torch import Tensor
 from fsa.problem import Chunk, Plan, Problem
 
 LN_2 = math.log(2)
+QUERY_TILE, SHARED_SLOT = 64, -2  # of csrc/params.h
 
 
 def expected(function: Callable[[Arithmetic], Tensor], dtype: torch.dtype) -> Expected:
@@ -115,6 +116,44 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
 
 
 @dataclass(frozen=True, eq=False)
+class Split:
+    """forward_split's results. H, Q, T: heads, queries, slots of the chunk."""
+
+    scattered: Tensor  # int32 [H, Q, T]: scattered_idx
+    shared: Tensor  # bool [H, Q, T]: slots whose block is shared
+    slots: Tensor  # int32 [H, Q]: shared_slots
+    # By (head, query tile): (block, sequence, queries of the tile that share it, a bit each), in any order
+    blocks: dict[tuple[int, int], set[tuple[int, int, int]]]
+
+
+def split(problem: Problem, chunk: Chunk, min_queries: int) -> Split:
+    """Counts, tile by tile, the queries that select each block; a query's second listing of a block is not shared."""
+    chosen = selection(problem, chunk, problem.block_size)
+    ids = problem.topk_idx[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
+    scattered = torch.where(chosen.block >= 0, ids, -1)
+    shared, slots = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids[..., 0], -1)
+    blocks: dict[tuple[int, int], set[tuple[int, int, int]]] = {}
+    for head, by_query in enumerate(chosen.block.tolist()):
+        for begin in range(0, chunk.num_queries, QUERY_TILE):
+            queries: dict[int, set[int]] = {}
+            for query, row in enumerate(by_query[begin : begin + QUERY_TILE]):
+                for block in {*row} - {-1}:
+                    queries.setdefault(block, set()).add(query)
+            blocks[head, begin // QUERY_TILE] = {
+                (block, int(chosen.sequence[begin + min(who)]), sum(1 << query for query in who))
+                for block, who in queries.items()
+                if len(who) >= min_queries
+            }
+            for query, row in enumerate(by_query[begin : begin + QUERY_TILE], begin):
+                for slot, block in enumerate(row):
+                    if block >= 0 and len(queries[block]) >= min_queries and row.index(block) == slot:
+                        shared[head, query, slot] = True
+                        scattered[head, query, slot] = SHARED_SLOT if slots[head, query] < 0 else -1
+                        slots[head, query] = slot if slots[head, query] < 0 else slots[head, query]
+    return Split(scattered, shared, slots, blocks)
+
+
+@dataclass(frozen=True, eq=False)
 class _Operands:
     """The rows that a chunk multiplies. G: group_size, K: tile_k, D: head_dim."""
 
@@ -171,6 +210,26 @@ def partial_lse(problem: Problem, chunk: Chunk, tile_k: int, arithmetic: Arithme
     if arithmetic.magnitudes:
         lse = lse.abs() + (o.scores.softmax(-1) * o.score_error).sum(-1)
     return lse / LN_2
+
+
+def shared_partial(
+    problem: Problem, chunk: Chunk, tile_k: int, shared: Tensor, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """forward_shared's output [H, Q, G, D], before it is scaled, and its log-sum-exp [H, Q, G], in base 2.
+
+    Over the slots that `shared` [H, Q, T] names.
+    """
+    o = _operands(problem, chunk, tile_k, arithmetic)
+    keys = (o.chosen.visible & shared[..., None, None])[:, :, :, :, None]  # [H, Q, T, U, 1, K]
+    scores = o.scores.masked_fill(~keys, -torch.inf).movedim(4, 2).flatten(3)  # [H, Q, G, T * U * K]
+    errors = o.score_error.movedim(4, 2).flatten(3)
+    lse = scores.logsumexp(-1)
+    probs = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp() * errors
+    values = torch.where(keys.movedim(4, -1), o.v, 0)
+    output = arithmetic.rounded(probs) @ arithmetic.term(values).flatten(2, 4)
+    if arithmetic.magnitudes:
+        lse = lse.abs() + probs.sum(-1)
+    return output, lse / LN_2
 
 
 def value_exponent(problem: Problem, chunk: Chunk, tile_k: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,10 @@
 #include "bindings/stages.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fsa, CUDA, m) {
+    m.impl("_forward_split", TORCH_BOX(&fsa::forward_split));
     m.impl("_plan", TORCH_BOX(&fsa::plan));
     m.impl("_forward_main", TORCH_BOX(&fsa::forward_main));
+    m.impl("_forward_shared", TORCH_BOX(&fsa::forward_shared));
     m.impl("_forward_reduce", TORCH_BOX(&fsa::forward_reduce));
     m.impl("_backward_preprocess", TORCH_BOX(&fsa::backward_preprocess));
     m.impl("_backward_main", TORCH_BOX(&fsa::backward_main));

@@ -9,6 +9,11 @@ namespace fsa {
 
 using torch::stable::Tensor;
 
+void forward_split(
+    Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t min_queries,
+    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next);
+
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
@@ -21,10 +26,16 @@ void forward_main(
     Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item, int64_t edges_per_item, Tensor o_partial,
     Tensor lse_partial, Tensor value_exponent, int64_t arch);
 
+void forward_shared(
+    Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
+    int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
+    Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next, Tensor o_partial,
+    Tensor lse_partial, Tensor shared_exponent);
+
 void forward_reduce(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
-    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse);
+    Tensor lse_partial, Tensor value_exponent, std::optional<Tensor> shared_exponent, Tensor out, Tensor lse);
 
 void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Tensor delta);
 

@@ -16,26 +16,38 @@ struct TileSource {
     int num_chunks;      // head_dim / 8
 };
 
-// Plain order, swizzled, asynchronous: commit and wait are the caller's.
+// Plain order, swizzled, asynchronous: commit and wait are the caller's. kThreads neighbours take part, the first of them a
+// multiple of kThreads.
 template <typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, const TileSource<T>& source) {
-    constexpr int kChunks = kHeadDim / 8;
-    const int thread = thread_index_unhoisted();
+    constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = kThreads / kChunks;
+    const int thread = thread_index_unhoisted() % kThreads;
+    if constexpr (kThreads % kChunks == 0 && kRowsAtOnce % 8 == 0 && kRows % kRowsAtOnce == 0) {
+        // A thread keeps its chunk, and layouts repeat every 8 rows: additions are all it takes.
+        const int first_row = thread / kChunks, chunk = thread % kChunks;
+        const int num_rows = chunk < source.num_chunks ? source.num_rows - first_row : 0;
+        const uint32_t to = tile + Layout::offset(first_row, chunk);
+        const T* from = source.first_row + first_row * source.row_stride + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
-        const int index = i * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
-        if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
-        const bool valid = row < source.num_rows && chunk < source.num_chunks;
-        const T* from = source.first_row + (valid ? row * source.row_stride + chunk * 8 : 0);
-        cp_async_16(tile + Layout::offset(row, chunk), from, valid);
+        for (int row = 0; row < kRows; row += kRowsAtOnce) {
+            const bool valid = row < num_rows;
+            cp_async_16(to + Layout::offset(row, 0), valid ? from : source.first_row, valid);
+            from += kRowsAtOnce * source.row_stride;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
+            const int index = i * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
+            if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
+            const bool valid = row < source.num_rows && chunk < source.num_chunks;
+            const T* from = source.first_row + (valid ? row * source.row_stride + chunk * 8 : 0);
+            cp_async_16(tile + Layout::offset(row, chunk), from, valid);
+        }
     }
 }
 
-// What becomes of inf and NaN. A masked key has probability 0, but 0 * NaN is NaN: where they are replaced by zero, the
-// caller makes up for it in the rows that do see such a key.
-enum class Nonfinite { kKeep, kZero };
-
-// Of the elements that this thread saw; only where inf and NaN are looked for.
+// Of the elements that this thread saw. A masked key has probability 0, but 0 * NaN is NaN: inf and NaN are replaced by
+// zero, and the caller makes up for it in the rows that do see such a key.
 struct TileMagnitude {
     uint32_t packed_max;  // largest finite magnitude, one bit pattern a half-word
     bool nonfinite;       // there were inf or NaN
@@ -55,12 +67,12 @@ __device__ __forceinline__ void rotate_words(uint32_t (&words)[4], int by) {
 // chunk that held inf or NaN.
 template <
     typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>,
-    Nonfinite kNonfinite = Nonfinite::kZero, typename OnNonfinite>
+    typename OnNonfinite>
 __device__ __forceinline__ TileMagnitude interleave_tile(uint32_t tile, const OnNonfinite& on_nonfinite) {
     constexpr int kChunks = kHeadDim / 8, kPerThread = kRows * kChunks / kThreads;
     constexpr int kBatch = kPerThread % 4 == 0 ? 4 : kPerThread % 3 == 0 ? 3 : kPerThread % 2 == 0 ? 2 : 1;
     static_assert(kChunks % 4 == 0, "four lanes share a group of four chunks");
-    const int thread = thread_index_unhoisted();
+    const int thread = thread_index_unhoisted() % kThreads;
     TileMagnitude magnitude = {0, false};
 #pragma unroll 1
     for (int first = 0; first < kPerThread; first += kBatch) {
@@ -70,17 +82,15 @@ __device__ __forceinline__ TileMagnitude interleave_tile(uint32_t tile, const On
             const int index = (first + i) * kThreads + thread, row = index / kChunks, chunk = index % kChunks;
             const uint4 v = load_shared_16(tile + Layout::offset(row, chunk));
             words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
-            if constexpr (kNonfinite == Nonfinite::kZero) {
 #pragma unroll
-                for (int word = 0; word < 4; ++word) {
-                    const uint32_t finite = zero_nonfinite<T>(words[i][word]);
-                    if (finite != words[i][word]) {
-                        magnitude.nonfinite = true;
-                        on_nonfinite(row);
-                    }
-                    words[i][word] = finite;
-                    magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, finite);
+            for (int word = 0; word < 4; ++word) {
+                const uint32_t finite = zero_nonfinite<T>(words[i][word]);
+                if (finite != words[i][word]) {
+                    magnitude.nonfinite = true;
+                    on_nonfinite(row);
                 }
+                words[i][word] = finite;
+                magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, finite);
             }
         }
         __syncwarp();
@@ -103,39 +113,50 @@ __device__ __forceinline__ TileMagnitude interleave_tile(uint32_t tile, const On
 // The same without interleaving: looks at the chunks that this thread copied, and replaces inf and NaN by zero.
 template <typename T, int kRows, int kHeadDim, int kThreads, typename Layout>
 __device__ __forceinline__ TileMagnitude zero_nonfinite_in_tile(uint32_t tile) {
-    constexpr int kChunks = kHeadDim / 8;
-    const int thread = thread_index_unhoisted();
-    TileMagnitude magnitude = {0, false};
+    constexpr int kChunks = kHeadDim / 8, kPerThread = (kRows * kChunks + kThreads - 1) / kThreads;
+    const int thread = thread_index_unhoisted() % kThreads;
+    auto for_each_chunk = [&](auto&& f) {
 #pragma unroll 4
-    for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
-        const int index = i * kThreads + thread;
-        if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
-        const uint32_t address = tile + Layout::offset(index / kChunks, index % kChunks);
+        for (int i = 0; i < kPerThread; ++i) {
+            const int index = i * kThreads + thread;
+            if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
+            f(tile + Layout::offset(index / kChunks, index % kChunks));
+        }
+    };
+    TileMagnitude magnitude = {0, false};
+    for_each_chunk([&](uint32_t address) {
+        const uint4 v = load_shared_16(address);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (const uint32_t word : words) magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, word);
+    });
+    if (!has_nonfinite<T>(magnitude.packed_max)) return magnitude;
+
+    magnitude = {0, true};
+    for_each_chunk([&](uint32_t address) {
         const uint4 v = load_shared_16(address);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
             const uint32_t finite = zero_nonfinite<T>(words[word]);
             magnitude.packed_max = max_magnitude_bits(magnitude.packed_max, finite);
-            if (finite == words[word]) continue;
-            magnitude.nonfinite = true;
-            store_shared_4(address + 4 * word, finite);
+            if (finite != words[word]) store_shared_4(address + 4 * word, finite);
         }
-    }
+    });
     return magnitude;
 }
 
 // Both at once; waits for all of this thread's copies.
 template <
     typename T, int kRows, int kHeadDim, int kThreads, typename Layout = SwizzledTile<kHeadDim * 2>,
-    Nonfinite kNonfinite = Nonfinite::kZero, typename OnNonfinite>
+    typename OnNonfinite>
 __device__ __forceinline__ TileMagnitude
 load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfinite& on_nonfinite) {
     load_tile_async<T, kRows, kHeadDim, kThreads, Layout>(tile, source);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
-    return interleave_tile<T, kRows, kHeadDim, kThreads, Layout, kNonfinite>(tile, on_nonfinite);
+    return interleave_tile<T, kRows, kHeadDim, kThreads, Layout>(tile, on_nonfinite);
 }
 
 // Adds to this lane's 8 elements of a stored row what load_tile_interleaved took out: the inf and NaN elements of the

@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             compute_pv_and_store<Traits>(probs, shared.v, p, *shared.state, row);
             if (shared.state->nonfinite_values) {
                 __half* o_partial = p.o_partial + shared.state->first_partial_row * g.head_dim;
-                restore_nonfinite_values<Traits>(p, item, row, [&](int, int partial_row) {
-                    return o_partial + static_cast<int64_t>(partial_row) * g.head_dim;
-                });
+                restore_nonfinite_values<Traits>(
+                    row_pointer<typename Traits::T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys,
+                    g.head_dim, row,
+                    [&](int, int partial_row) { return o_partial + static_cast<int64_t>(partial_row) * g.head_dim; });
             }
             row = next_row;
         }

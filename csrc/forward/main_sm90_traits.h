@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/wgmma_tile.h"
+#include "forward/query_stage.cuh"
 
 namespace fsa {
 
@@ -27,18 +28,14 @@ struct ForwardMainSm90Traits {
 
     using Tile = WgmmaTile<kTileK, kHeadDim>;  // of K and of V
 
-    // A warp's 16 rows of Q, then of O. Rows are 16 bytes apart in the banks, so that ldmatrix and stmatrix meet none
-    // twice; two stages: the next rows come while these are worked on.
-    static constexpr int kRowPitch = kHeadDim * 2 + 16;
-    static constexpr int kStageBytes = 16 * kRowPitch;
-    static constexpr int kStages = 2;
+    using Stage = forward_main::QueryStage<kHeadDim>;
+    static constexpr int kStages = 2;  // the next rows come while these are worked on
 
     static constexpr int kStateBytes = 256;
-    static constexpr int kSharedBytes = 2 * Tile::kBytes + kWarps * kStages * kStageBytes + kStateBytes;
+    static constexpr int kSharedBytes = 2 * Tile::kBytes + kWarps * kStages * Stage::kBytes + kStateBytes;
 
     static_assert(kHeadDim % kColumns == 0, "O is made of whole passes");
     static_assert(kColumns % Tile::kPanelColumns == 0, "a pass reads whole panels of V");
-    static_assert(kRowPitch % 32 == 16, "eight rows of 16 bytes meet in no bank");
     static_assert(kMinCtas * (kSharedBytes + 1024) <= 228 * 1024, "shared memory of an SM");
 };
 

@@ -176,21 +176,21 @@ __device__ __forceinline__ void publish_value_scale(
     __syncthreads();
 }
 
-// Adds to the warp's rows of O what V's inf and NaN contribute. row_of(r): where row r (0 .. 16 * kMmaRows - 1) lies.
+// Adds to the warp's rows of O what the inf and NaN of num_keys values contribute. row_of(r): where row r
+// (0 .. 16 * kMmaRows - 1) lies.
 template <typename Traits, typename RowOf>
 __device__ __forceinline__ void restore_nonfinite_values(
-    const ForwardMainParams& p, const WorkItem& item, const QueryRow& row, const RowOf& row_of) {
-    using T = typename Traits::T;
-    const int lane = threadIdx.x % 32, head_dim = p.geometry.head_dim;
-    const T* values = row_pointer<T>(p.v, item.key_token, item.kv_head);
+    const typename Traits::T* values, int64_t value_stride, int num_keys, int head_dim, const QueryRow& row,
+    const RowOf& row_of) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = 0; i < kLaneRows<Traits>; ++i) {
         const int tile_row = 8 * i + lane / 4;
         const int partial_row = __shfl_sync(~0u, row.partial_row, tile_row);
-        const int last = min(__shfl_sync(~0u, row.last_visible, tile_row), item.num_keys - 1);
+        const int last = min(__shfl_sync(~0u, row.last_visible, tile_row), num_keys - 1);
 #pragma unroll 1
         for (int column = 8 * (lane % 4); partial_row >= 0 && column < head_dim; column += 32) {
-            add_nonfinite_keys(values + column, p.v.token_stride, last, row_of(tile_row, partial_row) + column);
+            add_nonfinite_keys(values + column, value_stride, last, row_of(tile_row, partial_row) + column);
         }
         __syncwarp();
     }

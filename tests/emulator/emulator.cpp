@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kStackBytes = 256 * 1024;
 
-enum class State { kReady, kAtWarp, kAtWarpgroup, kAtCta, kEnded };
+enum class State { kReady, kAtWarp, kAtWarpgroup, kAtCta, kAtMbarrier, kEnded };
 
 struct Copy {
     unsigned char* to;
@@ -29,8 +29,17 @@ struct Copy {
     int group;
 };
 
+// An mbarrier, as it lies in shared memory.
+struct Mbarrier {
+    uint16_t arrivals, missing;
+    uint32_t phase;  // that has not ended
+};
+static_assert(sizeof(Mbarrier) == 8);
+
 struct Fiber {
     State state = State::kEnded;
+    const Mbarrier* awaited = nullptr;
+    uint32_t awaited_parity = 0;
     jmp_buf resume_at;
     bool started = false;
     std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
@@ -96,6 +105,18 @@ void resume(int thread) {
     setcontext(&context);
 }
 
+// Wakes the threads whose mbarrier has reached its next phase; returns whether there were any.
+bool wake_at_mbarriers() {
+    bool any = false;
+    for (int thread = 0; thread < cta.threads; ++thread) {
+        Fiber& fiber = *cta.fibers[thread];
+        if (fiber.state != State::kAtMbarrier || fiber.awaited->phase % 2 == fiber.awaited_parity) continue;
+        fiber.state = State::kReady;
+        any = true;
+    }
+    return any;
+}
+
 // All of its lanes wait for the CTA or have ended.
 bool at_barrier(int warp) {
     const auto lanes = cta.fibers.begin() + warp * 32;
@@ -103,7 +124,8 @@ bool at_barrier(int warp) {
         lanes, lanes + 32, [](const auto& f) { return f->state == State::kAtCta || f->state == State::kEnded; });
 }
 
-// Runs a warp until all of its lanes wait for the warpgroup, wait for the CTA or have ended; returns whether any ran.
+// Runs a warp until all of its lanes wait for the warpgroup, for the CTA or for an mbarrier, or have ended; returns whether
+// any ran.
 bool run_warp(int warp) {
     bool any_ran = false;
     for (bool progress = true; progress;) {
@@ -117,7 +139,7 @@ bool run_warp(int warp) {
     }
     for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
         if (cta.fibers[thread]->state == State::kAtWarp)
-            fail("lanes wait for lanes that have ended or wait for the warpgroup or the CTA");
+            fail("lanes wait for lanes that have ended or wait for the warpgroup, the CTA or an mbarrier");
     }
     return any_ran;
 }
@@ -151,7 +173,8 @@ void run_cta(std::mt19937& random) {
     for (bool any_left = true; any_left;) {
         std::shuffle(order.begin(), order.end(), random);
         for (const int warp : order) run_warp_to_barrier(warp, order);
-        any_left = false;
+        any_left = wake_at_mbarriers();
+        if (any_left) continue;
         cta.barrier_result = cta.predicate;
         cta.predicate = false;
         for (int thread = 0; thread < cta.threads; ++thread) {
@@ -159,6 +182,7 @@ void run_cta(std::mt19937& random) {
             fiber.proxy_fences_at_barrier = fiber.proxy_fences;
             if (fiber.state == State::kAtWarpgroup)
                 fail("threads wait for threads of their warpgroup that have ended or wait for the CTA");
+            if (fiber.state == State::kAtMbarrier) fail("threads wait for an mbarrier at which nobody will arrive");
             if (fiber.state != State::kAtCta) continue;
             fiber.state = State::kReady;
             any_left = true;
@@ -244,6 +268,43 @@ bool meet_cta(bool predicate) {
     running().state = State::kAtCta;
     yield_to_scheduler();
     return cta.barrier_result;
+}
+
+namespace {
+
+Mbarrier& mbarrier_at(uint32_t address) {
+    if (address % 8 != 0 || address + 8 > static_cast<uint32_t>(shared_memory_bytes()))
+        fail("an mbarrier misaligned or out of bounds");
+    return *reinterpret_cast<Mbarrier*>(shared_memory() + address);
+}
+
+}  // namespace
+
+void mbarrier_init(uint32_t address, int arrivals) {
+    mbarrier_at(address) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+}
+
+void mbarrier_arrive(uint32_t address) {
+    const int warp = cta.running / 32;
+    // It arrives for its warp, with which it has met.
+    for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+        Fiber& fiber = *cta.fibers[thread];
+        fiber.proxy_fences_at_barrier = fiber.proxy_fences;
+    }
+    Mbarrier& barrier = mbarrier_at(address);
+    if (--barrier.missing > 0) return;
+    barrier.missing = barrier.arrivals;
+    ++barrier.phase;
+}
+
+void mbarrier_wait(uint32_t address, uint32_t parity) {
+    const Mbarrier& barrier = mbarrier_at(address);
+    while (barrier.phase % 2 == parity) {
+        running().awaited = &barrier;
+        running().awaited_parity = parity;
+        running().state = State::kAtMbarrier;
+        yield_to_scheduler();
+    }
 }
 
 void defer_copy(unsigned char* to, const void* from, int bytes) {

@@ -63,13 +63,18 @@ void meet_warpgroup(const char* where, void* argument, void (*resolve)(void* con
 // All threads of the CTA that have not ended meet here; returns whether any brought true.
 bool meet_cta(bool predicate);
 
+// Barriers in shared memory at which one thread a warp arrives, after its warp has met.
+void mbarrier_init(uint32_t address, int arrivals);
+void mbarrier_arrive(uint32_t address);
+void mbarrier_wait(uint32_t address, uint32_t parity);
+
 // Copies of cp.async, in the order issued; they happen when waited for.
 void defer_copy(unsigned char* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending_groups);
 
 // Writes to shared memory as the asynchronous proxy (products of wgmma) sees them: none before its writer has fenced it
-// and then met the CTA at a barrier. Of writes the last to each 16 bytes counts.
+// and then met the CTA at a barrier, or its warp has arrived at one. Of writes the last to each 16 bytes counts.
 void note_shared_write(uint32_t address);
 void fence_async_proxy();
 bool visible_to_async_proxy(uint32_t address);
@@ -197,6 +202,19 @@ T atomicAdd(T* p, T x) {
     return before;
 }
 
+inline unsigned atomicOr(unsigned* p, unsigned x) {
+    const unsigned before = *p;
+    *p = before | x;
+    return before;
+}
+inline unsigned atomicAnd(unsigned* p, unsigned x) {
+    const unsigned before = *p;
+    *p = before & x;
+    return before;
+}
+inline int __ffs(unsigned x) {
+    return x == 0 ? 0 : std::countr_zero(x) + 1;
+}
 inline int __popc(unsigned x) {
     return std::popcount(x);
 }

@@ -22,6 +22,18 @@ inline unsigned char* shared_pointer(uint32_t address, int bytes) {
     return emulator::shared_memory() + address;
 }
 
+inline void mbarrier_init(uint32_t barrier, int arrivals) {
+    emulator::mbarrier_init(barrier, arrivals);
+}
+
+inline void mbarrier_arrive(uint32_t barrier) {
+    emulator::mbarrier_arrive(barrier);
+}
+
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    emulator::mbarrier_wait(barrier, parity);
+}
+
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
     emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr, 16);

@@ -1,0 +1,117 @@
+// A warp's 16 query rows in shared memory and what passes through there on Hopper: Q in, as A fragments of a warpgroup's
+// products; O out, as whole rows. Every request to L2 is thus for whole lines: fragments loaded and stored directly come
+// in pieces of 64 bytes, and L2 ran out of requests first (docs/performance.md).
+#pragma once
+
+#include "device/convert.cuh"
+#include "device/ptx.cuh"
+#include "device/wgmma.cuh"
+#include "device/wgmma_tile.h"
+#include "device/work_item.cuh"
+#include "forward/query_tile.cuh"
+
+namespace fsa {
+namespace forward_main {
+
+// Rows are 16 bytes apart in the banks, so that ldmatrix and stmatrix meet none twice.
+template <int kHeadDim>
+struct QueryStage {
+    static constexpr int kRowPitch = kHeadDim * 2 + 16;
+    static constexpr int kBytes = 16 * kRowPitch;
+    static constexpr int kChunks = kHeadDim / 8;
+    static_assert(kRowPitch % 32 == 16, "eight rows of 16 bytes meet in no bank");
+
+    // Where lane i points ldmatrix and stmatrix to: 16 rows, two chunks.
+    static __device__ __forceinline__ uint32_t lane_chunk(uint32_t stage) {
+        const int lane = threadIdx.x % 32;
+        return stage + lane % 16 * kRowPitch + lane / 16 * 16;
+    }
+};
+
+// The rows of Q, asynchronously: lane i describes row i % 16. The caller commits.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void gather_queries(
+    uint32_t stage, const Geometry& g, const RowTensor& q, int kv_head, const QueryRow& row) {
+    using Stage = QueryStage<kHeadDim>;
+    const int lane = threadIdx.x % 32, num_chunks = g.head_dim / 8;
+    const T* own = row_pointer<T>(q, row.query, kv_head * g.group_size + row.group_head);
+#pragma unroll
+    for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
+        const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
+        const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(own), tile_row);
+        const bool valid = chunk < num_chunks;
+        cp_async_16(
+            stage + tile_row * Stage::kRowPitch + chunk * 16,
+            reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0), valid);
+    }
+}
+
+// S = Q K^T. Q is in registers 128 columns at a time.
+template <typename Traits>
+__device__ __forceinline__ void compute_scores_sm90(Scores<Traits>& s, uint32_t stage, uint32_t k_tile) {
+    constexpr int kSteps = Traits::kHeadDim / 16, kBatch = kSteps < 8 ? kSteps : 8;
+    auto& accumulators = reinterpret_cast<float (&)[Traits::kTileK / 2]>(s);
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kBatch) {
+        uint32_t q[kBatch][4];
+#pragma unroll
+        for (int i = 0; i < kBatch && first + i < kSteps; ++i)
+            ldmatrix_x4(q[i], QueryStage<Traits::kHeadDim>::lane_chunk(stage) + (first + i) * 32);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBatch && first + i < kSteps; ++i) {
+            wgmma_rs<typename Traits::T, Major::kSum>(
+                accumulators, q[i], Traits::Tile::along_columns(k_tile, first + i), first + i > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+}
+
+// O = P V, or += when accumulate, of kColumns columns from `first_column` on.
+template <typename Traits, int kColumns>
+__device__ __forceinline__ void compute_pv_columns(
+    float (&o)[kColumns / 2], const Probs<Traits>& probs, uint32_t v_tile, int first_column, bool accumulate) {
+    using Tile = typename Traits::Tile;
+    static_assert(kColumns % Tile::kPanelColumns == 0, "a product reads whole panels of V");
+#pragma unroll
+    for (int step = 0; step < Traits::kTileK / 16; ++step) {
+        const uint32_t a[4] = {
+            probs[0][2 * step][0], probs[0][2 * step][1], probs[0][2 * step + 1][0], probs[0][2 * step + 1][1]};
+        wgmma_rs<typename Traits::T, Major::kOuter>(
+            o, a, Tile::along_rows(v_tile, step, first_column / Tile::kPanelColumns), accumulate || step > 0);
+    }
+}
+
+// Columns of O from accumulators to the stage, in fp16.
+template <int kHeadDim, int kColumns>
+__device__ __forceinline__ void output_to_stage(uint32_t stage, const float (&o)[kColumns / 2], int first_column) {
+    using Partial = HalfType<__half>;
+#pragma unroll
+    for (int i = 0; i < kColumns / 16; ++i) {
+        const float* const x = o + 8 * i;
+        const uint32_t words[4] = {
+            Partial::pack(x[0], x[1]), Partial::pack(x[2], x[3]), Partial::pack(x[4], x[5]), Partial::pack(x[6], x[7])};
+        stmatrix_x4(QueryStage<kHeadDim>::lane_chunk(stage) + (first_column / 16 + i) * 32, words);
+    }
+}
+
+// Whole rows from the stage to memory; lane i describes row i % 16. o_partial: partial row 0
+template <int kHeadDim>
+__device__ __forceinline__ void store_partials(uint32_t stage, __half* o_partial, int head_dim, const QueryRow& row) {
+    using Stage = QueryStage<kHeadDim>;
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
+        const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
+        const int partial_row = __shfl_sync(~0u, row.partial_row, tile_row);
+        const uint4 x = load_shared_16(stage + tile_row * Stage::kRowPitch + chunk * 16);
+        store_global_16(
+            o_partial + static_cast<int64_t>(partial_row) * head_dim + chunk * 8, x,
+            partial_row >= 0 && chunk * 8 < head_dim);
+    }
+}
+
+}  // namespace forward_main
+}  // namespace fsa

@@ -1,0 +1,45 @@
+// Tiles of the forward shared kernel for sm_90a.
+#pragma once
+
+#include "device/wgmma_tile.h"
+#include "forward/query_stage.cuh"
+
+namespace fsa {
+
+template <typename T_, int kHeadDim_>
+struct ForwardSharedTraits {
+    using T = T_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kTileK = 64;
+
+    // One CTA an SM. Its warpgroups share K and V and have 64 rows each; other warps, the loaders, bring Q, K and V. Three
+    // warps a scheduler have 168 registers a thread, two have 255.
+    static constexpr int kWarpgroups = kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kWarps = 4 * kWarpgroups;
+    static constexpr int kLoaders = 4;
+    static constexpr int kThreads = (kWarps + kLoaders) * 32;
+    static constexpr int kRows = 64 * kWarpgroups;
+    static constexpr int kMmaRows = 1;  // m16 tiles a warp
+
+    // Columns of O a product: all stay in registers, kPasses times kColumns.
+    static constexpr int kColumns = kHeadDim % 128 == 0 ? 128 : kHeadDim % 64 == 0 ? 64 : kHeadDim;
+    static constexpr int kPasses = kHeadDim / kColumns;
+
+    // Shared memory: rows of two units, K and V of as many sub-blocks as there is room for.
+    using Tile = WgmmaTile<kTileK, kHeadDim>;  // of K and of V
+    using Stage = forward_main::QueryStage<kHeadDim>;
+    static constexpr int kStateBytes = 512;
+    static constexpr int kMaxSharedBytes = 227 * 1024 - kStateBytes;
+    static constexpr int kQueryBytes = kWarps * Stage::kBytes;
+    static constexpr int kQueryBuffers = 2;
+    static constexpr int kFitting = (kMaxSharedBytes - kQueryBuffers * kQueryBytes) / (2 * Tile::kBytes);
+    static constexpr int kBuffers = kFitting < 4 ? kFitting : 4;
+    static constexpr int kQueriesOffset = kBuffers * 2 * Tile::kBytes;
+    static constexpr int kStateOffset = kQueriesOffset + kQueryBuffers * kQueryBytes;
+    static constexpr int kSharedBytes = kStateOffset + kStateBytes;
+
+    static_assert(kPasses * kColumns == kHeadDim && kColumns % Tile::kPanelColumns == 0, "O is made of whole passes");
+    static_assert(kBuffers >= 2, "one sub-block comes while one is worked on");
+};
+
+}  // namespace fsa

@@ -1,0 +1,179 @@
+"""forward_split and forward_shared: blocks that a query tile shares are attended to query-outer, the rest is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+import pytest
+import stage_reference
+import torch
+from harness import DEVICE
+from reference import Arithmetic
+from stage_reference import QUERY_TILE, SHARED_SLOT, Split
+from stages import POISON, Case, forward_buffers, load_stages, make_chunk, make_problem, poisoned
+from tolerances import assert_close
+from torch import Tensor
+
+from fsa import backends, workspace
+from fsa.problem import Chunk, Problem
+from fsa.tiling import SHARED_MIN_QUERIES
+
+DTYPES = (torch.float16, torch.bfloat16)
+CASES = (
+    Case("one_head", (150,), (150,), 2, 1, 64, 3, 64),
+    Case("ragged", (37, 0, 1, 3, 90), (37, 0, 5, 3, 170), 2, 3, 24, 5, 64),
+    Case("full", (1, 70), (70, 133), 1, 2, 128, 7, 64, causal=False),
+    Case("sub_blocks", (70,), (300,), 1, 2, 80, 2, 256),
+    Case("wide_head", (40,), (140,), 1, 16, 256, 2, 128),
+    Case("many_slots", (80,), (200,), 1, 4, 136, 21, 64),
+    Case("chunk", (90, 160), (90, 175), 3, 2, 16, 4, 128, heads=(1, 3), queries=(37, 190)),
+)
+
+
+@pytest.fixture
+def stages() -> ModuleType:
+    """The CUDA stages, where they have the query-outer ones."""
+    result = load_stages("cuda")
+    if backends.kernel_arch(DEVICE) < 90:
+        pytest.skip("kernels of sm_90")
+    return result
+
+
+def run_split(
+    stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int = SHARED_MIN_QUERIES
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """scattered_idx of the chunk, and the other results; nothing is written outside the chunk."""
+    scattered = torch.full_like(problem.topk_idx, POISON)
+    sizes = workspace.Sizes.of(problem, shares_blocks=True)
+    buffers = poisoned(workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
+    del buffers["shared_exponent"]
+    most = QUERY_TILE * problem.topk // min_queries
+    buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
+    stages.forward_split(problem, chunk, min_queries, scattered, **buffers)
+    mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
+    result = mine.clone()
+    mine[:] = POISON
+    assert (scattered == POISON).all(), "written outside the chunk"
+    return result, buffers
+
+
+def assert_split(actual: tuple[Tensor, dict[str, Tensor]], wanted: Split) -> None:
+    scattered, buffers = actual
+    assert torch.equal(scattered, wanted.scattered)
+    assert torch.equal(buffers["shared_slots"], wanted.slots)
+    for (head, tile), blocks in wanted.blocks.items():
+        count = int(buffers["shared_counts"][head, tile])
+        rows = buffers["shared_blocks"][head, tile].tolist()
+        assert count == len(blocks)
+        assert {(block, b, low % 2**32 + high % 2**32 * 2**32) for block, b, low, high in rows[:count]} == blocks
+        assert all(row == [POISON] * 4 for row in rows[count:])
+
+
+@pytest.mark.parametrize("min_queries", [1, 8, SHARED_MIN_QUERIES, QUERY_TILE])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_split(stages: ModuleType, case: Case, min_queries: int) -> None:
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    actual = run_split(stages, problem, chunk, min_queries)
+    assert_split(actual, stage_reference.split(problem, chunk, min_queries))
+
+
+def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
+    """Blocks are taken in windows of 2048."""
+    case = Case("windows", (100, 200), (140000, 160000), 2, 1, 8, 7, 64, popular=True)
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    assert problem.num_blocks > 4096
+    problem.topk_idx[:, 150:200, 2:4] = torch.tensor([2400, 2047], dtype=torch.int32)
+    assert_split(run_split(stages, problem, chunk), stage_reference.split(problem, chunk, SHARED_MIN_QUERIES))
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 200, 100, 127], [5, 40, 40, 90], [-50, 2**31 - 1, 300, -(2**31)]], ids=str)
+def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int]) -> None:
+    case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 64)
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+    problem = dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile)
+    _, split = run_split(stages, problem, chunk, min_queries=1)
+    run_shared(stages, problem, chunk, split)
+
+
+def run_shared(
+    stages: ModuleType, problem: Problem, chunk: Chunk, split: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """forward_shared on poisoned buffers: the partials and shared_exponent."""
+    buffers = forward_buffers(problem, chunk)
+    del buffers["value_exponent"]
+    shape = (chunk.num_heads, chunk.num_queries, problem.group_size)
+    exponent = torch.full(shape, POISON, dtype=torch.int32, device=DEVICE)
+    stages.forward_shared(problem, chunk, **split, **buffers, shared_exponent=exponent)
+    return buffers, exponent
+
+
+def assert_shared(stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int) -> None:
+    _, split = run_split(stages, problem, chunk, min_queries)
+    buffers, exponent = run_shared(stages, problem, chunk, split)
+    wanted = stage_reference.split(problem, chunk, min_queries)
+    shares = wanted.slots >= 0
+    tile_k = problem.block_size // buffers["o_partial"].shape[3]
+    head, query = shares.nonzero().T
+    at = (head, query, wanted.slots[shares].long())  # of [H, Q, T, U, G, D], and sub-block 0
+    assert (exponent[~shares] == POISON).all()
+
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent.masked_fill(~shares[..., None], 0))
+
+    def output(arithmetic: Arithmetic) -> Tensor:
+        partial = stage_reference.shared_partial(problem, chunk, tile_k, wanted.shared, arithmetic)
+        return partial[0] * scale[..., None]
+
+    def lse(arithmetic: Arithmetic) -> Tensor:
+        return stage_reference.shared_partial(problem, chunk, tile_k, wanted.shared, arithmetic)[1]
+
+    for name, function in (("o_partial", output), ("lse_partial", lse)):
+        expected = stage_reference.expected(function, problem.q.dtype)
+        assert_close(name, buffers[name][at][:, 0], stage_reference.masked(expected, shares))
+        buffers[name][at[0], at[1], at[2], 0] = torch.nan
+        assert buffers[name].isnan().all(), f"{name}: written elsewhere"
+
+
+@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shared(stages: ModuleType, case: Case, dtype: torch.dtype, min_queries: int) -> None:
+    assert_shared(stages, make_problem(case, dtype), make_chunk(case), min_queries)
+
+
+def test_nobody_shares(stages: ModuleType) -> None:
+    case = CASES[0]
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    problem = dataclasses.replace(problem, topk_idx=torch.full_like(problem.topk_idx, SHARED_SLOT))
+    scattered, split = run_split(stages, problem, chunk)
+    assert (scattered == -1).all() and (split["shared_slots"] == -1).all() and not split["shared_counts"].any()
+    buffers, exponent = run_shared(stages, problem, chunk, split)
+    assert buffers["o_partial"].isnan().all() and (exponent == POISON).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "log2_size"), [(torch.float16, 13), (torch.bfloat16, -110), (torch.bfloat16, 125)], ids=str
+)
+def test_values_of_any_size(stages: ModuleType, dtype: torch.dtype, log2_size: int) -> None:
+    case = CASES[1]
+    problem = make_problem(case, dtype)
+    problem = dataclasses.replace(problem, v=(problem.v.double().clamp(-3.9, 3.9) * 2.0**log2_size).to(dtype))
+    assert_shared(stages, problem, make_chunk(case), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_keys_and_values_reach_only_who_sees_them(stages: ModuleType, dtype: torch.dtype) -> None:
+    case = Case("nonfinite", (70,), (70,), 1, 3, 24, 2, 64)
+    problem, chunk = make_problem(case, dtype), make_chunk(case)
+    k, v = problem.k.clone(), problem.v.clone()
+    v[5, 0, 3], v[9, 0, 3], v[12, 0, 4], v[40, 0], v[66, 0, 0] = torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
+    k[50, 0, 3] = torch.nan
+    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits(stages: ModuleType, dtype: torch.dtype) -> None:
+    problem = make_problem(CASES[0], dtype)
+    problem = dataclasses.replace(problem, q=problem.q * 100, k=problem.k * 100)
+    assert_shared(stages, problem, make_chunk(CASES[0]), 1)
