@@ -23,7 +23,8 @@ def packed_rows(cu_seqlens: Tensor, n: int) -> Rows:
     bounds = cu_seqlens.long().clamp(0, n)
     row = torch.arange(n, device=cu_seqlens.device)
     # The last sequence that starts at or before the row: empty sequences before it are passed over.
-    sequence = (torch.searchsorted(bounds[:-1].contiguous(), row, right=True) - 1).clamp(min=0)
+    # (Of all bounds: a slice of them is more than Inductor takes.)
+    sequence = (torch.searchsorted(bounds, row, right=True) - 1).clamp(0, len(bounds) - 2)
     position = row - bounds[sequence]
     inside = (position >= 0) & (row < bounds[sequence + 1])
     return Rows(sequence, torch.where(inside, position, -1))

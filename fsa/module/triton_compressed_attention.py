@@ -33,7 +33,7 @@ __all__ = ["backward", "forward"]
 FORWARD_TILES = {
     "wgmma": {
         64: {"TILE_Q": 128, "TILE_K": 128, "STAIR_K": 64, "num_warps": 8, "num_stages": 2},
-        128: {"TILE_Q": 128, "TILE_K": 128, "STAIR_K": 64, "num_warps": 8, "num_stages": 2},
+        128: {"TILE_Q": 128, "TILE_K": 128, "STAIR_K": 32, "num_warps": 8, "num_stages": 2},
         256: {"TILE_Q": 128, "TILE_K": 64, "STAIR_K": 32, "num_warps": 8, "num_stages": 2},
     },
     "mma": {

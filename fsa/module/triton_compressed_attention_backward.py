@@ -30,7 +30,7 @@ from triton_ref.common import INFINITY, LOG2_E, is_finite, load_rows, matmul, pa
 # TILE_Q, TILE_K: queries and windows of a tile; STAIR_Q: queries of a tile of dkv that is masked.
 DQ_TILES = {
     "wgmma": {
-        128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
+        128: {"TILE_Q": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 3},
         256: {"TILE_Q": 64, "TILE_K": 32, "num_warps": 8, "num_stages": 2},
     },
     "mma": {
@@ -44,7 +44,7 @@ DQ_TILES = {
 }
 DKV_TILES = {
     "wgmma": {
-        128: {"TILE_Q": 64, "STAIR_Q": 32, "TILE_K": 128, "num_warps": 8, "num_stages": 2},
+        128: {"TILE_Q": 64, "STAIR_Q": 32, "TILE_K": 128, "num_warps": 8, "num_stages": 3},
         256: {"TILE_Q": 32, "STAIR_Q": 16, "TILE_K": 64, "num_warps": 8, "num_stages": 2},
     },
     "mma": {
