@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fsa import FlashSparseAttention, RopeConfig
 from fsa.module.compressed_attention import compressed_attention
+from fsa.module.gated_sum import gated_sum
+from fsa.module.rope import rotate
 from fsa.module.selection import select_blocks
 from fsa.module.sliding_window import sliding_window_attention
 
@@ -166,6 +168,17 @@ def _slide(**changes: Any) -> Callable[[], Any]:
     return lambda: sliding_window_attention(**(arguments | {"window_size": 64} | changes))
 
 
+def _rotate(**changes: Any) -> Callable[[], Any]:
+    table = _zeros(100, 1, 8)
+    return lambda: rotate(**({"x": _zeros(100, 4, 16), "cosine": table, "sine": table} | changes))
+
+
+def _add_up(**changes: Any) -> Callable[[], Any]:
+    names = "compressed", "selected", "sliding"
+    arguments = {"gates": _zeros(100, 3)} | {name: _zeros(100, 4, 16) for name in names}
+    return lambda: gated_sum(**(arguments | changes))
+
+
 MODULE_PARTS = [
     Bad(
         "compressed attention on `backend='cuda'`",
@@ -211,5 +224,66 @@ MODULE_PARTS = [
         _slide(k=_zeros(99, 2, 16), v=_zeros(99, 2, 16)),
         ValueError,
         "k must have as many tokens as q = 100, got 99; pass the keys and values of the same tokens",
+    ),
+    Bad(
+        "RoPE of an odd head_dim",
+        _rotate(x=_zeros(100, 4, 15)),
+        ValueError,
+        "x must be [total, heads, head_dim] with an even head_dim, got [100, 4, 15]; pack all sequences along "
+        "dimension 0",
+    ),
+    Bad(
+        "RoPE of integers",
+        _rotate(x=_zeros(100, 4, 16, dtype=torch.int32)),
+        ValueError,
+        "x must be float16, bfloat16, float32 or float64 with backend='auto', got int32; cast it",
+    ),
+    Bad(
+        "sines of other tokens",
+        _rotate(sine=_zeros(99, 1, 8)),
+        ValueError,
+        "sine must be float32 [total, 1, head_dim / 2] = [100, 1, 8], got float32 [99, 1, 8]; pass what "
+        "RotaryEmbedding returns for the positions of x and its dtype",
+    ),
+    Bad(
+        "sines on another device",
+        _rotate(sine=torch.zeros(100, 1, 8, device="meta")),
+        ValueError,
+        "sine must be on the device of x = cpu, got meta; move it there",
+    ),
+    Bad(
+        "branches without a head dimension",
+        _add_up(compressed=_zeros(100, 64)),
+        ValueError,
+        "compressed must be [total, num_heads, head_dim], got [100, 64]; pack all sequences along dimension 0",
+    ),
+    Bad(
+        "branches of other queries",
+        _add_up(sliding=_zeros(99, 4, 16)),
+        ValueError,
+        "sliding must be float32 [100, 4, 16] like compressed, got float32 [99, 4, 16]; pass what the branches make of "
+        "the same queries",
+    ),
+    Bad(
+        "two gates a token",
+        _add_up(gates=_zeros(100, 2)),
+        ValueError,
+        "gates must be [total, 3] or [total, 3 * num_heads] = [100, 12], got [100, 2]; pass a gate a branch, for every "
+        "token or for every head of it",
+    ),
+    Bad(
+        "gates on another device",
+        _add_up(gates=torch.zeros(100, 3, device="meta")),
+        ValueError,
+        "gates must be on the device of compressed = cpu, got meta; move it there",
+    ),
+    Bad(
+        "a gradient of another dtype",
+        lambda: torch.ops.fsa.gated_sum_backward.default(
+            _zeros(100, 4, 16, dtype=torch.float16), _zeros(100, 3), *[_zeros(100, 4, 16)] * 3
+        ),
+        ValueError,
+        "dout must be float32 [100, 4, 16] on cpu, got float16 [100, 4, 16] on cpu; pass the gradient of what the "
+        "forward returned",
     ),
 ]

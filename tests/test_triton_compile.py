@@ -16,7 +16,9 @@ import pytest
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB}  # that a CTA may have
-NUM_KERNELS = 8 + 6  # of the six stages; of compressed attention (forward, dq, dkv, reduce) and selection (two)
+# Of the six stages; of compressed attention (forward, dq, dkv, reduce) and selection (two); of the gated sum (forward,
+# backward) and RoPE.
+NUM_KERNELS = 8 + 6 + 3
 BF16 = ("bfloat16", 128, 64, 4, 16)  # dtype, head_dim, block_size, group_size, topk
 FP16 = ("float16", 72, 256, 1, 1)
 FP32 = ("float32", 64, 32, 3, 7)
@@ -45,7 +47,13 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     from triton.runtime.jit import JITFunction
 
     from fsa import pipeline
-    from fsa.module import triton_compressed_attention, triton_selection, triton_windows
+    from fsa.module import (
+        triton_compressed_attention,
+        triton_gated_sum,
+        triton_rope,
+        triton_selection,
+        triton_windows,
+    )
     from fsa.problem import Problem
     from triton_ref import stages
 
@@ -86,6 +94,12 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     out, lse = triton_compressed_attention.forward(q, *compressed, *sequences, 32, 16, scale)
     triton_compressed_attention.backward(q, None, q, *compressed, out, lse, *sequences, 32, 16, scale)
     triton_selection.select_blocks(q, compressed[0], lse, *sequences, 32, 16, block_size, topk, 0, 1, scale)
+
+    table = torch.zeros(total, 1, head_dim // 2)
+    triton_rope.rotate(q, table, table, inverse=topk > 1)
+    gates = q.new_zeros((total, 3 * q.shape[1] if topk > 1 else 3))
+    triton_gated_sum.forward(gates, q, q, q)
+    triton_gated_sum.backward(q, gates, q, q, q)
 
 
 if __name__ == "__main__":

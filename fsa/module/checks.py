@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from ..checks import (
     lse_dtype_of,
     type_name,
 )
-from .rope import RopeConfig
+
+if TYPE_CHECKING:
+    from .rope import RopeConfig
 
 # The other parts of the module have no CUDA kernels of their own.
 BACKENDS = ("auto", "triton", "reference")
@@ -36,6 +39,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """An argument is one of a few names."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {listed(choices)}, got {value!r}; pass one of them")
+
+
+def choose_backend(family: str, x: Tensor, what: str) -> str:
+    """The backend that runs an op of the module, "triton" or "reference"; raises if the one asked for cannot."""
+    if family == "auto":
+        return backends.choose(x.device, x.dtype, ("triton",), what)
+    backends.require(family, x.device)
+    return family
 
 
 def check_tensors(**tensors: object) -> None:
@@ -129,6 +140,72 @@ def check_lse(q: Tensor, lse: Tensor) -> None:
             f"pass the lse of compressed_attention of the same q"
         )
     check_devices(q, {"lse": lse})
+
+
+def _check_dtype(name: str, tensor: Tensor, family: str) -> None:
+    dtypes, backend = backends.contract(family)
+    if tensor.dtype not in dtypes:
+        *some, last = map(dtype_name, dtypes)
+        raise ValueError(
+            f"{name} must be {', '.join(some)} or {last} with {backend}, got {dtype_name(tensor.dtype)}; cast it"
+        )
+
+
+def check_rotation(x: Tensor, cosine: Tensor, sine: Tensor, family: str) -> None:
+    """Heads of whole pairs, and an angle for every pair of every token."""
+    if x.dim() != 3 or x.shape[2] % 2:
+        raise ValueError(
+            f"x must be [total, heads, head_dim] with an even head_dim, got {list(x.shape)}; pack all sequences along "
+            f"dimension 0"
+        )
+    _check_dtype("x", x, family)
+    shape, dtype = (x.shape[0], 1, x.shape[2] // 2), lse_dtype_of(x)
+    for name, table in (("cosine", cosine), ("sine", sine)):
+        if table.shape != shape or table.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype_name(dtype)} [total, 1, head_dim / 2] = {list(shape)}, got {described(table)}; "
+                f"pass what RotaryEmbedding returns for the positions of x and its dtype"
+            )
+        if table.device != x.device:
+            raise ValueError(f"{name} must be on the device of x = {x.device}, got {table.device}; move it there")
+
+
+def check_gated_sum(gates: Tensor, branches: Sequence[Tensor], family: str) -> None:
+    """Three branches alike, and three gates a token or a head."""
+    compressed, selected, sliding = branches
+    if compressed.dim() != 3:
+        raise ValueError(
+            f"compressed must be [total, num_heads, head_dim], got {list(compressed.shape)}; pack all sequences along "
+            f"dimension 0"
+        )
+    _check_dtype("compressed", compressed, family)
+    for name, branch in (("selected", selected), ("sliding", sliding)):
+        if branch.shape != compressed.shape or branch.dtype != compressed.dtype:
+            raise ValueError(
+                f"{name} must be {described(compressed)} like compressed, got {described(branch)}; pass what the "
+                f"branches make of the same queries"
+            )
+    total, num_heads, _ = compressed.shape
+    _check_dtype("gates", gates, family)
+    if gates.dim() != 2 or gates.shape[0] != total or gates.shape[1] not in (3, 3 * num_heads):
+        raise ValueError(
+            f"gates must be [total, 3] or [total, 3 * num_heads] = [{total}, {3 * num_heads}], got "
+            f"{list(gates.shape)}; pass a gate a branch, for every token or for every head of it"
+        )
+    for name, tensor in (("gates", gates), ("selected", selected), ("sliding", sliding)):
+        if tensor.device != compressed.device:
+            raise ValueError(
+                f"{name} must be on the device of compressed = {compressed.device}, got {tensor.device}; move it there"
+            )
+
+
+def check_dout(dout: Tensor, out: Tensor) -> None:
+    """The gradient of a result."""
+    if dout.shape != out.shape or dout.dtype != out.dtype or dout.device != out.device:
+        raise ValueError(
+            f"dout must be {described(out)} on {out.device}, got {described(dout)} on {dout.device}; pass the gradient "
+            f"of what the forward returned"
+        )
 
 
 def check_module(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..checks import check_backward_arguments, lse_dtype_of
 from ..ops import library
 from ..pipeline import as_kernel_input
@@ -103,14 +102,6 @@ def compressed_attention(
 # ---------------------------------------------------------------------------------------------------------------------
 # Implementations
 # ---------------------------------------------------------------------------------------------------------------------
-def choose_backend(family: str, q: Tensor, what: str) -> str:
-    """The backend that runs an op of the module, "triton" or "reference"; raises if the one asked for cannot."""
-    if family == "auto":
-        return backends.choose(q.device, q.dtype, ("triton",), what)
-    backends.require(family, q.device)
-    return family
-
-
 def resolve_scale(q: Tensor, arguments: Sequence[Any]) -> list[Any]:
     """The arguments, of which softmax_scale is the last, with its default in place of None."""
     *others, softmax_scale = arguments
@@ -125,7 +116,7 @@ def _check(family: str, values: tuple[Any, ...]) -> None:
 
 def _forward(family: str, *values: Any) -> tuple[Tensor, Tensor]:
     q, compressed_k, compressed_v, *rest = values
-    backend = choose_backend(family, q, "compressed attention")
+    backend = checks.choose_backend(family, q, "compressed attention")
     _check(family, values)
     arguments = resolve_scale(q, rest)
     if backend == "reference":
@@ -138,7 +129,7 @@ def _forward(family: str, *values: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(family: str, dout: Tensor | None, dlse: Tensor | None, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, compressed_k, compressed_v, out, lse, *rest = values
-    backend = choose_backend(family, q, "compressed attention")
+    backend = checks.choose_backend(family, q, "compressed attention")
     _check(family, (q, compressed_k, compressed_v, *rest))
     check_backward_arguments(q, out, lse, dout, dlse)
     arguments = resolve_scale(q, rest)

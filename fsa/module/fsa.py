@@ -11,6 +11,7 @@ from ..ops import selected_attention
 from . import checks
 from .compressed_attention import compressed_attention
 from .compression import Windows, find_windows, linear_compression, mean_pooling
+from .gated_sum import gated_sum
 from .packed import packed_rows
 from .rope import RopeConfig, RotaryEmbedding, rotate
 from .selection import select_blocks
@@ -168,11 +169,11 @@ class FlashSparseAttention(nn.Module):
         compressed_k, compressed_v = self.compress(k, v, windows)  # before RoPE
         position = packed_rows(cu_seqlens, total).position
         cosine, sine = self.rope(position, q.dtype)
-        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        compressed_k = rotate(compressed_k, *self.rope(windows.position, q.dtype))
+        backend = "auto" if self.backend == "cuda" else self.backend
+        q, k = (rotate(x, cosine, sine, backend=backend) for x in (q, k))
+        compressed_k = rotate(compressed_k, *self.rope(windows.position, q.dtype), backend=backend)
 
         sizes = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
-        backend = "auto" if self.backend == "cuda" else self.backend
         compressed, lse = compressed_attention(
             q, compressed_k, compressed_v, cu_seqlens, windows.cu_seqlens, **sizes, backend=backend
         )
@@ -185,9 +186,7 @@ class FlashSparseAttention(nn.Module):
             q, k, v, cu_seqlens, window_size=self.window_size, max_seqlen=max_seqlen,
             backend="reference" if self.backend == "reference" else "auto",
         )  # fmt: skip
-        gate = gates.unflatten(-1, (3, -1))[..., None]  # [total, 3, 1 or num_q_heads, 1]
-        out = torch.addcmul(gate[:, 0] * compressed, gate[:, 1], selected)
-        return torch.addcmul(out, gate[:, 2], sliding)
+        return gated_sum(gates, compressed, selected, sliding, backend=backend)
 
     def compress(self, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """Keys (before RoPE) and values of all windows.

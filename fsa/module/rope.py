@@ -6,6 +6,7 @@ position of some hundred thousand is as exact as a small one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops import library
+from ..pipeline import as_kernel_input
+from . import checks
 
 
 def _llama3_scaling() -> dict[str, Any]:
@@ -122,10 +127,78 @@ class RotaryEmbedding(nn.Module):
         return self
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns every pair of x [n, heads, head_dim] by its angle; computed in the dtype of cosine, returned in x's."""
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backend: str = "auto") -> Tensor:
+    """Turns every pair of x by its angle.
+
+    Args:
+        x: [total, heads, head_dim], head_dim even.
+        cosine, sine: [total, 1, head_dim / 2], of `RotaryEmbedding`; they take no gradient.
+        backend: as in `compressed_attention`.
+
+    Returns:
+        [total, heads, head_dim], dtype of x; computed in the dtype of cosine and rounded once.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: a shape, dtype, device or value against the contract.
+        RuntimeError: the chosen backend is not usable.
+    """
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    checks.check_tensors(x=x, cosine=cosine, sine=sine)
+    turned: Tensor = getattr(torch.ops.fsa, _OP_NAMES[backend]).default(x, cosine, sine, False)
+    return turned
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators behind `rotate`; with `inverse` they turn back, which is the gradient
+# ---------------------------------------------------------------------------------------------------------------------
+_SCHEMA = "(Tensor x, Tensor cosine, Tensor sine, bool inverse) -> Tensor"
+_OP_NAMES = {"auto": "rotate", "triton": "_rotate_triton", "reference": "_rotate_reference"}
+
+
+def _forward(family: str, x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
+    backend = checks.choose_backend(family, x, "RoPE")
+    checks.check_rotation(x, cosine, sine, family)
+    if backend == "reference":
+        return _reference(x, cosine, sine, inverse)
+    from . import triton_rope  # needs triton
+
+    return triton_rope.rotate(as_kernel_input(x), cosine.contiguous(), sine.contiguous(), inverse)
+
+
+def _reference(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
     first, second = x.chunk(2, dim=-1)
+    sign = -1 if inverse else 1
     # Products and sums in the dtype of the tables; rounded before they are joined, since that moves fewer bytes.
-    turned_first = torch.addcmul(first * cosine, second, sine, value=-1).to(x.dtype)
-    turned_second = torch.addcmul(second * cosine, first, sine).to(x.dtype)
+    turned_first = torch.addcmul(first * cosine, second, sine, value=-sign).to(x.dtype)
+    turned_second = torch.addcmul(second * cosine, first, sine, value=sign).to(x.dtype)
     return torch.cat((turned_first, turned_second), dim=-1)
+
+
+def _fake(family: str, x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
+    checks.check_rotation(x, cosine, sine, family)
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cosine, sine, ctx.inverse = inputs
+    ctx.save_for_backward(cosine, sine)
+
+
+def _autograd(op_name: str, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    op = getattr(torch.ops.fsa, op_name).default
+    return op(gradient, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+def _register(family: str, op_name: str) -> None:
+    library.define(op_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    for device_type in ("CPU", "CUDA"):
+        library.impl(op_name, functools.partial(_forward, family), device_type)
+    torch.library.register_fake(f"fsa::{op_name}", functools.partial(_fake, family), lib=library)
+    torch.library.register_autograd(
+        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=library
+    )
+
+
+for _family, _op_name in _OP_NAMES.items():
+    _register(_family, _op_name)

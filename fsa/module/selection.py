@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import library
 from ..pipeline import as_kernel_input
 from . import checks
-from .compressed_attention import choose_backend, keys_by_head, queries_by_head, resolve_scale, seen_windows
+from .compressed_attention import keys_by_head, queries_by_head, resolve_scale, seen_windows
 from .packed import packed_rows
 
 _SCHEMA = (
@@ -96,7 +96,7 @@ def _check(family: str, values: tuple[Any, ...]) -> None:
 
 def _forward(family: str, *values: Any) -> Tensor:
     q, compressed_k, lse, *rest = values
-    backend = choose_backend(family, q, "block selection")
+    backend = checks.choose_backend(family, q, "block selection")
     _check(family, values)
     arguments = resolve_scale(q, rest)
     if backend == "reference":
