@@ -199,7 +199,7 @@ def choose(
 
 
 def stages(name: str) -> ModuleType:
-    """The module with the six stages of a backend; imported when first needed, since each has its own dependencies."""
+    """The module with the stages of a backend; imported when first needed, since each has its own dependencies."""
     return importlib.import_module({"cuda": "fsa.stages_cuda", "triton": "triton_ref.stages"}[name])
 
 

@@ -1,7 +1,8 @@
-"""The host side of selected attention, one for every backend with stages: chunks, buffers, and the six stage calls.
+"""The host side of selected attention, one for every backend with stages: chunks, buffers, and the stage calls.
 
 A stages module (`fsa.stages_cuda`, `triton_ref.stages`) has plan, forward_main, forward_reduce, backward_preprocess,
-backward_main and backward_reduce. Arguments are checked before they come here; nothing here waits for the device.
+backward_main and backward_reduce, and shares_blocks, which says of a problem whether there are forward_split and
+forward_shared, too. Arguments are checked before they come here; nothing here waits for the device.
 """
 
 from __future__ import annotations

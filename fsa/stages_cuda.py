@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import kernel_arch
 from .problem import Chunk, Plan, Problem
-from .tiling import plan_parts, plan_scratch
+from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
@@ -74,7 +74,8 @@ def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 def shares_blocks(problem: Problem) -> bool:
     """Whether the forward has its query-outer stages, split and shared: on sm_90a, for blocks of 64 keys and more."""
-    return kernel_arch(problem.q.device) >= 90 and problem.block_size % 64 == 0
+    supported = kernel_arch(problem.q.device) >= 90 and problem.block_size % 64 == 0
+    return supported and pays_to_share_blocks(problem.group_size)
 
 
 def forward_split(

@@ -1,4 +1,4 @@
-"""What the stage tests share: the six stages of a backend, the problems they are tried on, and poisoned buffers."""
+"""What the stage tests share: the stages of a backend, the problems they are tried on, and poisoned buffers."""
 
 from __future__ import annotations
 

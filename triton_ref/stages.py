@@ -1,4 +1,4 @@
-"""The six stages in Triton: same names and signatures as in `fsa.stages_cuda`."""
+"""The six stages in Triton: same names and signatures as in `fsa.stages_cuda`, which has two more of its own."""
 
 from fsa.problem import Problem
 from triton_ref.backward_main import backward_main

@@ -16,7 +16,7 @@
 #include "device/ptx.cuh"
 #include "device/softmax.cuh"
 #include "device/work_item.cuh"
-#include "launch.h"
+#include "host/launch_main.h"
 
 namespace fsa {
 namespace backward_main {
@@ -356,9 +356,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 template <typename T, int kHeadDim, int kTileK>
 void launch_backward_main(const BackwardMainParams& p, cudaStream_t stream) {
     using Traits = BackwardMainTraits<T, kHeadDim, kTileK>;
-    const auto kernel = backward_main::backward_main<Traits>;
-    const int ctas = min(p.plan.max_items * p.geometry.subs, sm_count() * Traits::kMinCtas);
-    launch("backward_main", kernel, {dim3(ctas), Traits::kThreads, Traits::kSharedBytes}, p, stream);
+    launch_main<Traits>("backward_main", backward_main::backward_main<Traits>, p, stream);
 }
 
 }  // namespace fsa

@@ -14,7 +14,7 @@
 #include "forward/main.h"
 #include "forward/main_traits.h"
 #include "forward/query_tile.cuh"
-#include "launch.h"
+#include "host/launch_main.h"
 
 namespace fsa {
 namespace forward_main {
@@ -165,9 +165,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 template <typename T, int kHeadDim, int kTileK>
 void launch_forward_main(const ForwardMainParams& p, cudaStream_t stream) {
     using Traits = ForwardMainTraits<T, kHeadDim, kTileK>;
-    const auto kernel = forward_main::forward_main<Traits>;
-    const int ctas = min(p.plan.max_items * p.geometry.subs, sm_count() * Traits::kMinCtas);
-    launch("forward_main", kernel, {dim3(ctas), Traits::kThreads, Traits::kSharedBytes}, p, stream);
+    launch_main<Traits>("forward_main", forward_main::forward_main<Traits>, p, stream);
 }
 
 }  // namespace fsa

@@ -11,7 +11,7 @@
 #include "forward/main_sm90_traits.h"
 #include "forward/query_stage.cuh"
 #include "forward/query_tile.cuh"
-#include "launch.h"
+#include "host/launch_main.h"
 
 namespace fsa {
 namespace forward_main {
@@ -116,9 +116,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 template <typename T, int kHeadDim, int kTileK>
 void launch_forward_main_sm90(const ForwardMainParams& p, cudaStream_t stream) {
     using Traits = ForwardMainSm90Traits<T, kHeadDim, kTileK>;
-    const auto kernel = forward_main::forward_main_sm90<Traits>;
-    const int ctas = min(p.plan.max_items * p.geometry.subs, sm_count() * Traits::kMinCtas);
-    launch("forward_main_sm90", kernel, {dim3(ctas), Traits::kThreads, Traits::kSharedBytes}, p, stream);
+    launch_main<Traits>("forward_main_sm90", forward_main::forward_main_sm90<Traits>, p, stream);
 }
 
 }  // namespace fsa
