@@ -77,6 +77,7 @@ def test_compression(lengths: tuple[int, ...], kernel_size: int, kernel_stride: 
     torch.testing.assert_close(actual[:count], torch.cat(wanted), rtol=1e-12, atol=1e-12)
     starts = [start for n in lengths for start in nsa_reference.window_starts(n, config)]
     assert windows.position[:count].tolist() == starts
+    assert windows.token_position.tolist() == [i for n in lengths for i in range(n)]
 
 
 @pytest.mark.parametrize("lengths", [(70, 31, 0, 32, 5), (15,)])

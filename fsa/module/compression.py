@@ -23,28 +23,33 @@ class Windows(NamedTuple):
 
     cu_seqlens: Tensor  # [batch + 1], int32: windows of each sequence, prefix sums
     position: Tensor  # [n], int64: where a window's first token stands in its sequence; 0 in padding
-    first_chunk: Tensor  # [n], int64: row of a window's first chunk; 0 in padding
+    chunks: Tensor  # [kernel_size / kernel_stride, n], int64: rows of a window's chunks; those of padding: any
     chunk_tokens: Tensor  # [n * kernel_stride], int64: the tokens of every chunk; those of padding: any
     token_places: Tensor  # [total], int64: where a token stands in chunk_tokens; -1 in no chunk
+    token_position: Tensor  # [total], int64: where a token stands in its sequence; -1 in none
 
 
 def find_windows(cu_seqlens: Tensor, total: int, kernel_size: int, kernel_stride: int) -> Windows:
     """The windows of packed sequences of `total` tokens; cu_seqlens is [batch + 1], integers."""
     bounds = cu_seqlens.long().clamp(0, total)
     chunks = bounds.diff().clamp(min=0) // kernel_stride
-    windows = (chunks - (kernel_size // kernel_stride - 1)).clamp(min=0)
+    places = kernel_size // kernel_stride
+    windows = (chunks - (places - 1)).clamp(min=0)
     n = total // kernel_stride
     chunk_bounds, window_bounds = (prefix_sums(lengths).clamp(max=n) for lengths in (chunks, windows))
     chunk, window, token = packed_rows(chunk_bounds, n), packed_rows(window_bounds, n), packed_rows(cu_seqlens, total)
-    chunk_begin = torch.where(chunk.position < 0, 0, bounds[chunk.sequence] + chunk.position * kernel_stride)
-    offset = torch.arange(kernel_stride, device=cu_seqlens.device)
+    # Every operation is a launch on a GPU, so padding is left with whatever lies in bounds.
+    chunk_begin = (bounds[chunk.sequence] + chunk.position * kernel_stride).clamp(0, max(total - kernel_stride, 0))
+    first_chunk = chunk_bounds[window.sequence] + window.position
+    place, offset = (torch.arange(count, device=cu_seqlens.device) for count in (places, kernel_stride))
     in_chunk = (token.position >= 0) & (token.position // kernel_stride < chunks[token.sequence])
     return Windows(
         cu_seqlens=window_bounds.int(),
         position=window.position.clamp(min=0) * kernel_stride,
-        first_chunk=torch.where(window.position < 0, 0, chunk_bounds[window.sequence] + window.position),
+        chunks=(first_chunk + place[:, None]).clamp(0, max(n - 1, 0)),
         chunk_tokens=(chunk_begin[:, None] + offset).flatten(),
         token_places=torch.where(in_chunk, chunk_bounds[token.sequence] * kernel_stride + token.position, -1),
+        token_position=token.position,
     )
 
 
@@ -91,12 +96,10 @@ def mean_pooling(x: Tensor, windows: Windows, kernel_size: int, kernel_stride: i
 def _add_up(contributions: Tensor, windows: Windows) -> Tensor:
     """Chunk contributions [heads, n, places, dim] -> windows [heads, n, dim], in fp32 or float64.
 
-    The window whose first chunk is c is the sum of contributions[c + place, place].
+    A window is the sum of contributions[chunk, place] over the places of its chunks.
     """
-    _, n, places, _ = contributions.shape
     compute = torch.promote_types(contributions.dtype, torch.float32)
-    rows = [(windows.first_chunk + place).clamp(max=n - 1) for place in range(places)]  # the last ones of padding
-    terms = [contributions[:, :, place].index_select(1, rows[place]) for place in range(places)]
+    terms = [contributions[:, :, place].index_select(1, rows) for place, rows in enumerate(windows.chunks)]
     compressed = terms[0].to(compute)
     for term in terms[1:]:
         compressed = compressed + term

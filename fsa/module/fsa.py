@@ -12,7 +12,6 @@ from . import checks
 from .compressed_attention import compressed_attention
 from .compression import Windows, find_windows, linear_compression, mean_pooling
 from .gated_sum import gated_sum
-from .packed import packed_rows
 from .rope import RopeConfig, RotaryEmbedding, rotate
 from .selection import select_blocks
 from .sliding_window import sliding_window_attention
@@ -164,11 +163,9 @@ class FlashSparseAttention(nn.Module):
             [total, num_q_heads, head_dim], dtype of q.
         """
         cu_seqlens = cu_seqlens.int()
-        total = q.shape[0]
-        windows = find_windows(cu_seqlens, total, self.kernel_size, self.kernel_stride)
+        windows = find_windows(cu_seqlens, q.shape[0], self.kernel_size, self.kernel_stride)
         compressed_k, compressed_v = self.compress(k, v, windows)  # before RoPE
-        position = packed_rows(cu_seqlens, total).position
-        cosine, sine = self.rope(position, q.dtype)
+        cosine, sine = self.rope(windows.token_position, q.dtype)
         backend = "auto" if self.backend == "cuda" else self.backend
         q, k = (rotate(x, cosine, sine, backend=backend) for x in (q, k))
         compressed_k = rotate(compressed_k, *self.rope(windows.position, q.dtype), backend=backend)
