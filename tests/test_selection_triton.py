@@ -152,6 +152,7 @@ CASES = [
     Case("one_sequence", (700,), num_kv_heads=2),
     Case("ragged", (0, 1, 3, 31, 64, 65, 400, 0, 290, 3), num_kv_heads=2),
     Case("many_blocks", (2300,) if HAS_GPU else (800,), block_size=32, topk=9, group_size=1, head_dim=16),
+    Case("search_from_maxima", (2060,), kernel_stride=32, block_size=32, topk=9, group_size=1, head_dim=16),
     Case("large_topk", (700,), block_size=32, topk=16, local_blocks=1),
     Case("group_size_1", (500,), group_size=1),
     Case("group_size_3", (500,), group_size=3),
@@ -242,8 +243,11 @@ def test_no_tokens_and_no_windows() -> None:
 
 
 def test_workspace_is_bounded() -> None:
-    """Of 128K tokens too."""
+    """Of 128K tokens too. Chunks follow each other, and begin at whole tiles of query tokens."""
     for total, num_kv_heads, block_size in ((131072, 4, 64), (131072, 32, 32), (1000, 1, 64)):
-        num_blocks = -(-total // block_size)
-        tokens = triton_selection.chunk_tokens(total, num_kv_heads, num_blocks, 64)
-        assert tokens % 64 == 0 and 4 * tokens * num_kv_heads * num_blocks <= 64 * 2**20
+        bounds = triton_selection.chunk_bounds(total, num_kv_heads, block_size, 64)
+        assert (bounds[0], bounds[-1]) == (0, total)
+        for begin, end in itertools.pairwise(bounds):
+            row = triton_selection.row_stride(end, block_size)
+            assert begin % 64 == 0 and begin < end and row * block_size >= end
+            assert 4 * (end - begin) * num_kv_heads * row <= 64 * 2**20

@@ -4,38 +4,54 @@
                     windows of a block
     select_topk     the threshold of a row by bisection over the bits of its scores; ids in ascending order
 
-The columns of a tile of scores are ordered so that the windows of a block stand in registers of one thread: column
-r * TILE_BLOCKS + j is window r of block j. A window that begins in block j - 1 may reach into block j; tiles therefore
-overlap by one block.
+A program of block_scores keeps its tile of query tokens and walks a few tiles of windows. The columns of a tile of
+scores are ordered so that the windows of a block stand in registers of one thread: column r * TILE_BLOCKS + j is window
+r of block j. A window that begins in block j - 1 may reach into block j; tiles therefore overlap by one block.
+
+A token sees at most the blocks up to its index among all tokens, so chunks of early tokens have short rows, and are
+longer.
 """
 
 from __future__ import annotations
+
+import bisect
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from fsa.module.triton_windows import SIZES, choose_tiles, load_normaliser, seen_windows
+from fsa.module.triton_windows import SIZES, choose_tiles, load_normaliser, load_seen_rows, seen_windows
 from triton_ref.common import LOG2_E, load_rows, matmul, padded_dim, sequence_bounds, sequence_of_query
 
 WORKSPACE_BYTES = 64 * 2**20  # of the scores of a chunk at most, beyond one tile of query tokens
-# TILE_WINDOWS: windows, and so columns, of a tile.
+# TILE_WINDOWS: windows, and so columns, of a tile. WALK: tiles of windows that a program walks. maxnreg: registers a
+# thread, so that three CTAs fit an SM.
 SCORES_TILES = {
     "wgmma": {
-        128: {"TILE_Q": 64, "TILE_WINDOWS": 128, "num_warps": 4, "num_stages": 2},
-        256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "num_warps": 4, "num_stages": 2},
+        128: {"TILE_Q": 64, "TILE_WINDOWS": 128, "WALK": 4, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+        256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "WALK": 8, "num_warps": 4, "num_stages": 2},
     },
-    "mma": {256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "num_warps": 4, "num_stages": 2}},
+    "mma": {256: {"TILE_Q": 64, "TILE_WINDOWS": 64, "WALK": 8, "num_warps": 4, "num_stages": 2}},
     "fp32": {
-        64: {"TILE_Q": 32, "TILE_WINDOWS": 32, "num_warps": 4, "num_stages": 1},
-        256: {"TILE_Q": 16, "TILE_WINDOWS": 16, "num_warps": 4, "num_stages": 1},
+        64: {"TILE_Q": 32, "TILE_WINDOWS": 32, "WALK": 2, "num_warps": 4, "num_stages": 1},
+        256: {"TILE_Q": 16, "TILE_WINDOWS": 16, "WALK": 4, "num_warps": 4, "num_stages": 1},
+    },
+}
+# One head a group: queries stay on chip, keys are what is read again and again, so tiles have more queries.
+SINGLE_HEAD_TILES = {
+    **SCORES_TILES,
+    "wgmma": {
+        128: {"TILE_Q": 128, "TILE_WINDOWS": 64, "WALK": 8, "num_warps": 8, "num_stages": 3},
+        256: {"TILE_Q": 128, "TILE_WINDOWS": 64, "WALK": 8, "num_warps": 8, "num_stages": 2},
     },
 }
 # Scores that the top-k keeps in registers. Rows stay inside a warp while they can, so that counts need no barrier.
 KEYS_PER_TILE = 1024
 KEYS_PER_WARP = 2048
 MAX_TOPK_WARPS = 16
-
+LANES = tl.constexpr(32)  # of a warp; their maxima of a row bound its threshold from below
+LANE_KEYS = tl.constexpr(4)  # neighbouring scores that a lane loads at once
 FORCED_KEY = tl.constexpr(0x7FFFFFFE)  # of a block that is always taken: above the bits of infinity
 
 
@@ -100,7 +116,7 @@ def block_scores_kernel(
     num_kv_heads,
     chunk_begin,
     chunk_end,
-    num_window_tiles,
+    num_splits,
     softmax_scale_log2,
     GROUP_SIZE: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
@@ -111,73 +127,85 @@ def block_scores_kernel(
     TILE_Q: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    WALK: tl.constexpr,
 ):
     RATIO: tl.constexpr = BLOCK_SIZE // KERNEL_STRIDE
     SPAN: tl.constexpr = KERNEL_SIZE // KERNEL_STRIDE
     OVERLAP: tl.constexpr = 1 if SPAN > 1 else 0
-    window_tile = tl.program_id(0) % num_window_tiles
-    kv_head = (tl.program_id(0) // num_window_tiles % num_kv_heads).to(tl.int64)
-    tile = tl.program_id(0) // num_window_tiles // num_kv_heads
+    NEW_BLOCKS: tl.constexpr = TILE_BLOCKS - OVERLAP  # from tile to tile
+    split = tl.program_id(0) % num_splits
+    kv_head = (tl.program_id(0) // num_splits % num_kv_heads).to(tl.int64)
+    tile = tl.program_id(0) // num_splits // num_kv_heads
 
-    # A tile of query tokens of one sequence
+    # A tile of query tokens of one sequence; those past its end, or the chunk's, repeat the last one.
     sequence = sequence_of_tile(tile, cu_seqlens, batch, chunk_begin, chunk_end, TILE_Q)
     tile_of_sequence, chunk_query = first_tile(sequence, cu_seqlens, chunk_begin, chunk_end, TILE_Q)
     q_begin, q_len = sequence_bounds(sequence, cu_seqlens, total)
     q_end = tl.minimum(q_begin + q_len, chunk_end)
-    query = chunk_query + (tile - tile_of_sequence) * TILE_Q + tl.arange(0, TILE_Q)
-    last_query = tl.minimum(tl.max(query, 0), q_end - 1)
-    block = window_tile * (TILE_BLOCKS - OVERLAP) - OVERLAP + tl.arange(0, TILE_BLOCKS)
-    if (tl.min(query, 0) >= q_end) | (tl.min(block, 0) + OVERLAP > (last_query - q_begin) // BLOCK_SIZE):
+    first_query = chunk_query + (tile - tile_of_sequence) * TILE_Q
+    last_query = tl.minimum(first_query + TILE_Q, q_end) - 1
+    num_blocks = (last_query - q_begin) // BLOCK_SIZE + 1
+    if (first_query >= q_end) | (split * WALK * NEW_BLOCKS >= num_blocks):
         return
-    exists = query < q_end
-    query = tl.minimum(query, q_end - 1)
+    query = tl.minimum(first_query + tl.arange(0, TILE_Q), last_query)
     begin, end = seen_windows(
         query, cu_seqlens, compressed_cu_seqlens, batch, total, max_windows, KERNEL_SIZE, KERNEL_STRIDE
     )
+    first_window, seen_by_all, seen_by_any = tl.min(begin, 0), tl.min(end, 0), tl.max(end, 0)
+    exists = first_query + tl.arange(0, TILE_Q) < q_end
+    rows = ((query - chunk_begin).to(tl.int64) * num_kv_heads + kv_head) * scores_stride
+    q_offsets = query.to(tl.int64) * q_token_stride
+    if GROUP_SIZE == 1:
+        q_tile = load_seen_rows(q, q_offsets + kv_head * q_head_stride, exists, False, HEAD_DIM, PADDED_DIM)
+        lse_log2 = load_normaliser(lse, kv_head, query, exists, total)
 
     # Window r of block j in column r * TILE_BLOCKS + j
     column = tl.arange(0, COLUMNS * TILE_BLOCKS)
-    column_block = tl.min(block, 0) + column % TILE_BLOCKS
-    window = tl.min(begin, 0) + column_block * RATIO + column // TILE_BLOCKS
-    real = (column_block >= 0) & (column // TILE_BLOCKS < RATIO) & (window < tl.max(end, 0))
-    k_offsets = window.to(tl.int64) * k_window_stride + kv_head * k_head_stride
-    k_tile = load_rows(k, k_offsets, real, HEAD_DIM, PADDED_DIM)
+    last_tile = tl.minimum((split + 1) * WALK, tl.cdiv(num_blocks, NEW_BLOCKS))
+    for window_tile in range(split * WALK, last_tile):
+        first_block = window_tile * NEW_BLOCKS - OVERLAP
+        column_block = first_block + column % TILE_BLOCKS
+        window = first_window + column_block * RATIO + column // TILE_BLOCKS
+        real = (column_block >= 0) & (column // TILE_BLOCKS < RATIO) & (window < seen_by_any)
+        k_offsets = window.to(tl.int64) * k_window_stride + kv_head * k_head_stride
+        k_tile = load_rows(k, k_offsets, real, HEAD_DIM, PADDED_DIM)
 
-    probs = tl.zeros([TILE_Q, COLUMNS * TILE_BLOCKS], tl.float32)
-    q_offsets = query.to(tl.int64) * q_token_stride
-    for group in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + group
-        q_tile = load_rows(q, q_offsets + head * q_head_stride, exists, HEAD_DIM, PADDED_DIM)
-        lse_log2 = load_normaliser(lse, head, query, exists, total)
-        probs += tl.exp2(matmul(q_tile, tl.trans(k_tile)) * softmax_scale_log2 - lse_log2[:, None])
-    probs = tl.where(real[None, :] & (window[None, :] < end[:, None]), probs, 0.0)
+        if GROUP_SIZE == 1:
+            probs = tl.exp2(matmul(q_tile, tl.trans(k_tile)) * softmax_scale_log2 - lse_log2[:, None])
+        else:
+            probs = tl.zeros([TILE_Q, COLUMNS * TILE_BLOCKS], tl.float32)
+            for group in range(GROUP_SIZE):
+                head = kv_head * GROUP_SIZE + group
+                q_tile = load_seen_rows(q, q_offsets + head * q_head_stride, exists, False, HEAD_DIM, PADDED_DIM)
+                lse_log2 = load_normaliser(lse, head, query, exists, total)
+                probs += tl.exp2(matmul(q_tile, tl.trans(k_tile)) * softmax_scale_log2 - lse_log2[:, None])
+        if (first_block < 0) | (first_window + (first_block + TILE_BLOCKS) * RATIO > seen_by_all) | (COLUMNS > RATIO):
+            probs = tl.where(real[None, :] & (window[None, :] < end[:, None]), probs, 0.0)
 
-    block_scores = sum_over_windows(probs, RATIO, SPAN, COLUMNS, TILE_BLOCKS)
-    rows = ((query - chunk_begin).to(tl.int64) * num_kv_heads + kv_head) * scores_stride
-    kept = (tl.arange(0, TILE_BLOCKS) >= OVERLAP) & (block < scores_stride)
-    tl.store(scores + rows[:, None] + block[None, :], block_scores, mask=exists[:, None] & kept[None, :])
+        block_scores = sum_over_windows(probs, RATIO, SPAN, COLUMNS, TILE_BLOCKS)
+        block = first_block + tl.arange(0, TILE_BLOCKS)
+        kept = (tl.arange(0, TILE_BLOCKS) >= OVERLAP) & (block < scores_stride)
+        tl.store(scores + rows[:, None] + block[None, :], block_scores, mask=exists[:, None] & kept[None, :])
 
 
 @triton.jit
-def kth_largest(keys, wanted, num_keys):
-    """The largest key of each row that at least `wanted` of its keys reach, by bisection; 0 if wanted is num_keys.
+def kth_largest(keys, wanted, low, high):
+    """The largest key of each row that at least `wanted` of its keys reach, by bisection in [low, high).
 
-    Stops early at a smaller one that exactly `wanted` reach.
+    At least `wanted` keys reach low, at most `wanted` reach high. Stops early at a smaller one that exactly `wanted`
+    reach.
     """
-    low = wanted * 0
-    high = tl.where(wanted == num_keys, 1, FORCED_KEY + 1)
     while tl.max(high - low, 0) > 1:
         middle = low + (high - low) // 2
         reached = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
-        enough = (reached >= wanted) | (high - low == 1)  # a row that is done stays as it is
-        high = tl.where(reached == wanted, middle + 1, tl.where(enough, high, middle))
-        low = tl.where(enough, middle, low)
+        high = tl.where(reached == wanted, middle + 1, tl.where(reached > wanted, high, middle))
+        low = tl.where(reached >= wanted, middle, low)
     return low
 
 
 @triton.jit(do_not_specialize=SIZES)
 def select_topk_kernel(
-    scores,  # [chunk_end - chunk_begin, num_kv_heads, scores_stride], fp32
+    scores,  # [chunk_end - chunk_begin, num_kv_heads, scores_stride], fp32; the stride is a multiple of LANE_KEYS
     cu_seqlens,  # [batch + 1]
     topk_idx,  # [num_kv_heads, total, topk], int32
     scores_stride,
@@ -202,44 +230,76 @@ def select_topk_kernel(
     position = query - q_begin
     num_visible = tl.where(exists & (position >= 0) & (position < q_len), position // BLOCK_SIZE + 1, 0)
     wanted = tl.minimum(num_visible, topk)
+    num_forced = tl.minimum(num_visible, init_blocks + local_blocks)
 
-    # Scores are not negative, so their bits are ordered as they are.
+    # Scores are not negative, so their bits are ordered as they are. Whole vectors are read: to the stride at most.
     block = tl.arange(0, PADDED_BLOCKS)[None, :]
-    visible = block < num_visible[:, None]
-    forced = (block < init_blocks) | (block >= num_visible[:, None] - local_blocks)
-    row_scores = scores + row.to(tl.int64)[:, None] * scores_stride
-    score = tl.load(row_scores + block, mask=visible & (forced == 0), other=0.0)
-    keys = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)  # NaN counts as 0
-    keys = tl.where(visible, tl.where(forced, FORCED_KEY, keys), -1)
+    row_scores = scores + row.to(tl.int64)[:, None] * (scores_stride // LANE_KEYS * LANE_KEYS)
+    loaded = block // LANE_KEYS * LANE_KEYS < num_visible[:, None]
+    score = tl.load(row_scores + block, mask=loaded, other=0.0)
+    unforced_keys = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)  # NaN counts as 0
+    unforced = (block >= init_blocks) & (block < num_visible[:, None] - local_blocks)
+    unforced_keys = tl.where(unforced, unforced_keys, -1)
+    keys = tl.where(unforced, unforced_keys, tl.where(block < num_visible[:, None], FORCED_KEY, -1))
 
-    threshold = kth_largest(keys, wanted, num_visible)[:, None]
-    above = keys > threshold
-    tied = keys == threshold
-    ties_taken = (wanted - tl.sum(above.to(tl.int32), 1))[:, None]  # the lowest ids of them
+    low = wanted * 0
+    if PADDED_TOPK <= LANES and PADDED_BLOCKS >= LANES * LANE_KEYS:
+        # What enough maxima reach, enough keys reach.
+        lanes = tl.reshape(unforced_keys, [TILE_ROWS, PADDED_BLOCKS // (LANES * LANE_KEYS), LANES, LANE_KEYS])
+        maxima = tl.max(tl.max(lanes, 3), 1)
+        high = tl.max(maxima, 1) + 2
+        enough = tl.sum((maxima >= 0).to(tl.int32), 1) >= wanted - num_forced
+        low = tl.where(enough, kth_largest(maxima, wanted - num_forced, low, high), low)
+    else:
+        high = tl.max(unforced_keys, 1) + 2
+    low = tl.where(wanted == num_visible, 0, low)
+    high = tl.where(wanted == num_visible, 1, high)
+    threshold = kth_largest(keys, wanted, low, high)[:, None]
 
-    # One prefix sum for both counts: above in the low half, tied in the high half.
-    both = above.to(tl.uint32) + (tied.to(tl.uint32) << 16)
-    before = tl.cumsum(both, 1) - both
-    ties_before = (before >> 16).to(tl.int32)
-    slot = (before & 0xFFFF).to(tl.int32) + tl.minimum(ties_before, ties_taken)
-    taken = above | (tied & (ties_before < ties_taken))
+    too_many = tl.sum((keys >= threshold).to(tl.int32), 1) - wanted
+    if tl.max(too_many, 0) > 0:  # keys equal to the threshold: the lowest ids of them are taken
+        tied = (keys == threshold).to(tl.int32)
+        ties_up_to = tl.cumsum(tied, 1)
+        ties_taken = (tl.sum(tied, 1) - too_many)[:, None]
+        keys = tl.where((tied == 1) & (ties_up_to > ties_taken), -1, keys)
+
+    taken = (keys >= threshold).to(tl.int32)
+    slot = tl.cumsum(taken, 1) - taken
     selected = topk_idx + (((row % num_kv_heads).to(tl.int64) * total + query) * topk)[:, None]
-    tl.store(selected + slot, tl.broadcast_to(block, [TILE_ROWS, PADDED_BLOCKS]), mask=taken)
+    tl.store(selected + slot, tl.broadcast_to(block, [TILE_ROWS, PADDED_BLOCKS]), mask=taken == 1)
     unused = tl.arange(0, PADDED_TOPK)[None, :]
     tl.store(selected + unused, -1, mask=exists[:, None] & (unused >= wanted[:, None]) & (unused < topk))
 
 
-def scores_tiles(q: torch.Tensor, ratio: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of block_scores, for blocks of `ratio` strides."""
-    tiles, columns = dict(choose_tiles(SCORES_TILES, q)), triton.next_power_of_2(ratio)
+def scores_tiles(q: torch.Tensor, group_size: int, ratio: int) -> dict[str, int]:
+    """Tile sizes, warps, pipeline stages and registers of block_scores, for blocks of `ratio` strides."""
+    tiles = dict(choose_tiles(SINGLE_HEAD_TILES if group_size == 1 else SCORES_TILES, q))
+    columns = triton.next_power_of_2(ratio)
     tile_blocks = max(2, tiles.pop("TILE_WINDOWS") // columns)
     return {**tiles, "COLUMNS": columns, "TILE_BLOCKS": tile_blocks}
 
 
-def chunk_tokens(total: int, num_kv_heads: int, num_blocks: int, tile_q: int) -> int:
-    """Query tokens whose scores fit the workspace: a multiple of tile_q."""
-    affordable = WORKSPACE_BYTES // (4 * num_kv_heads * num_blocks)
-    return min(max(affordable // tile_q, 1) * tile_q, triton.cdiv(total, tile_q) * tile_q)
+def row_stride(chunk_end: int, block_size: int) -> int:
+    """Scores that a query token of a chunk has at most, rounded up so that rows are aligned."""
+    return triton.cdiv(triton.cdiv(chunk_end, block_size), 16) * 16
+
+
+def chunk_bounds(total: int, num_kv_heads: int, block_size: int, tile_q: int) -> list[int]:
+    """Where chunks of query tokens begin and the last one ends.
+
+    Each is as long as its scores fit the workspace, and one tile of query tokens at least.
+    """
+    bounds = [0]
+    while bounds[-1] < total:
+        begin = bounds[-1]
+        sizes = range(tile_q, total - begin + tile_q, tile_q)
+        fitting = bisect.bisect_right(
+            sizes,
+            WORKSPACE_BYTES // (4 * num_kv_heads),
+            key=lambda tokens: tokens * row_stride(min(begin + tokens, total), block_size),
+        )
+        bounds.append(min(begin + max(fitting, 1) * tile_q, total))
+    return bounds
 
 
 def select_blocks(
@@ -281,19 +341,20 @@ def select_blocks(
     topk_idx = torch.empty((num_kv_heads, total, topk), dtype=torch.int32, device=q.device)
     if total == 0:
         return topk_idx
-    tiles = scores_tiles(q, block_size // kernel_stride)
-    blocks_a_tile = tiles["TILE_BLOCKS"] - (kernel_size > kernel_stride)
-    scores_stride = triton.cdiv(triton.cdiv(total, block_size), 16) * 16
-    chunk = chunk_tokens(total, num_kv_heads, scores_stride, tiles["TILE_Q"])
-    scores = torch.empty((chunk, num_kv_heads, scores_stride), dtype=torch.float32, device=q.device)
+    group_size = num_heads // num_kv_heads
+    tiles = scores_tiles(q, group_size, block_size // kernel_stride)
+    blocks_a_program = (tiles["TILE_BLOCKS"] - (kernel_size > kernel_stride)) * tiles["WALK"]
+    chunks = list(itertools.pairwise(chunk_bounds(total, num_kv_heads, block_size, tiles["TILE_Q"])))
+    num_scores = max((end - begin) * num_kv_heads * row_stride(end, block_size) for begin, end in chunks)
+    scores = torch.empty(num_scores, dtype=torch.float32, device=q.device)
     sizes = {"batch": cu_seqlens.shape[0] - 1, "total": total, "num_kv_heads": num_kv_heads}
     with torch.cuda.device_of(q):
-        for chunk_begin in range(0, total, chunk):
-            chunk_end = min(chunk_begin + chunk, total)
+        for chunk_begin, chunk_end in chunks:
+            scores_stride = row_stride(chunk_end, block_size)
             num_blocks = triton.cdiv(chunk_end, block_size)  # no token of the chunk is in a later one of its sequence
-            num_window_tiles = triton.cdiv(num_blocks, blocks_a_tile)
+            num_splits = triton.cdiv(num_blocks, blocks_a_program)
             num_tiles = triton.cdiv(chunk_end - chunk_begin, tiles["TILE_Q"]) + sizes["batch"]
-            block_scores_kernel[(num_tiles * num_kv_heads * num_window_tiles,)](
+            block_scores_kernel[(num_tiles * num_kv_heads * num_splits,)](
                 q,
                 compressed_k,
                 lse,
@@ -307,9 +368,9 @@ def select_blocks(
                 max_windows=max_windows,
                 chunk_begin=chunk_begin,
                 chunk_end=chunk_end,
-                num_window_tiles=num_window_tiles,
+                num_splits=num_splits,
                 softmax_scale_log2=softmax_scale * LOG2_E.value,
-                GROUP_SIZE=num_heads // num_kv_heads,
+                GROUP_SIZE=group_size,
                 KERNEL_SIZE=kernel_size,
                 KERNEL_STRIDE=kernel_stride,
                 BLOCK_SIZE=block_size,
