@@ -15,11 +15,12 @@ from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
 _PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor(n!) next_item, int edges_per_item"
-_SHARED = "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) shared_slots, Tensor(e!) shared_next"
+_SHARED = "Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor(n!) shared_next"
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _library.define(
-    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int min_queries, Tensor(a!) scattered_idx, {_SHARED}) -> ()"
+    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int min_queries, Tensor(a!) scattered_idx, "
+    "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) shared_slots, Tensor(e!) shared_next) -> ()"
 )
 _library.define(
     f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
@@ -31,7 +32,7 @@ _library.define(
 )
 _library.define(
     f"_forward_shared(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_SHARED}, "
-    "Tensor(f!) o_partial, Tensor(g!) lse_partial, Tensor(h!) shared_exponent) -> ()"
+    "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) shared_exponent) -> ()"
 )
 _library.define(
     f"_forward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor o_partial, Tensor lse_partial, "

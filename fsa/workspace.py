@@ -16,6 +16,7 @@ come on top.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def get_workspace_limit() -> int:
 def set_workspace_limit(limit: int) -> None:
     """Sets the bytes that a call may allocate beyond its outputs, for all threads and devices of the process.
 
-    A smaller limit cuts a call into more chunks, which costs time but changes no more than the rounding of dk and dv.
+    A smaller limit cuts a call into more chunks, which costs time but changes no more than rounding: of dk and dv, and,
+    where blocks are shared (csrc/README.md), of out and lse.
     CUDA and Triton only: the reference backend bounds its own chunks.
 
     Raises:
@@ -221,8 +223,12 @@ def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str,
 
 
 def may_share_blocks(sizes: Sizes, limit: int) -> bool:
-    """Whether scattered_idx, which a call has whole, is small enough beside its chunks."""
-    return sizes.scattered_bytes <= limit // 4
+    """Whether the limit has room to share blocks: for scattered_idx, which a call has whole, and a whole query tile."""
+    sharing = dataclasses.replace(sizes, shares_blocks=True)
+    one_tile = min(_QUERY_STEP, sizes.total_q)
+    return sizes.scattered_bytes <= limit // 4 and _fits(
+        sharing, "forward", sizes.num_kv_heads, one_tile, limit, limit - sizes.scattered_bytes
+    )
 
 
 def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:

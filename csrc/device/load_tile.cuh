@@ -159,9 +159,9 @@ load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfin
     return interleave_tile<T, kRows, kHeadDim, kThreads, Layout>(tile, on_nonfinite);
 }
 
-// Adds to this lane's 8 elements of a stored row what load_tile_interleaved took out: the inf and NaN elements of the
+// Adds to this lane's 8 elements of a stored row what load_tile_interleaved or zero_nonfinite_in_tile took out: the inf and NaN elements of the
 // visible keys. Rare by nature, so it works on global memory and costs the main loop no registers.
-//   chunk: the tile's 8 columns at its first row    stored: the same 8 columns of the partial, written by this lane
+//   chunk: the tile's 8 columns at its first row    stored: the same 8 columns of the partial, written before
 template <typename T, typename Stored>
 __device__ __forceinline__ void add_nonfinite_keys(
     const T* chunk, int64_t row_stride, int last_visible, Stored* stored) {

@@ -31,7 +31,7 @@ struct Load {
     SharedSubBlock block;
 };
 
-// Load n has buffer n % kBuffers, unit u of a CTA the queries' buffer u % kQueryBuffers; phase n / kBuffers of `full` and
+// Load n has buffer n % kBuffers, the u-th unit of a CTA that has loads the queries' buffer u % kQueryBuffers; phase n / kBuffers of `full` and
 // `empty`, phase u / kQueryBuffers of `queries_empty` are theirs.
 template <typename Traits>
 struct Pipeline {
@@ -169,36 +169,32 @@ __device__ __forceinline__ void gather_unit(
 template <typename Traits>
 __device__ __forceinline__ void run_loader(const Pipeline<Traits>& pipeline, int loader, const ForwardSharedParams& p) {
     const Geometry& g = p.geometry;
-    const Units<Traits> units(g);
-    const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kTileK, num_units = units.count(p);
-    const auto fetch = [&](Entries& entries, int index, int tile, int first) {
-        const Unit unit = units.unit(p, index);
-        if (tile < unit.num_tiles) entries.fetch(p, unit.head, unit.first_tile + tile, first, subs);
-    };
+    const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kTileK;
+    const int num_units = p.shared.num_tiles * g.num_heads * units_a_tile<Traits>(g);
     const bool leader = loader == 0 && lane == 0;
     int ahead = leader ? atomicAdd(p.shared.next, 1) : 0, claims = 0;
     const auto claim = [&] { return pipeline.claim(claims++, loader, ahead, p.shared.next); };
-    int n = 0, u = 0, index = claim(), tile = 0;
-    bool first_of_unit = true;
+    const auto fetch = [&](Entries& entries, int index, int first) {
+        const Unit unit = make_unit<Traits>(g, index);
+        entries.fetch(p, unit.head, unit.tile, first, subs);
+    };
+    int n = 0, u = 0, index = claim();
     Entries next;
-    if (index < num_units) fetch(next, index, 0, 0);
+    if (index < num_units) fetch(next, index, 0);
     while (index < num_units) {
-        const Unit unit = units.unit(p, index);
+        const Unit unit = make_unit<Traits>(g, index);
         Entries entries = next;
-        const bool last_tile = tile + 1 >= unit.num_tiles;
-        const int next_index = last_tile ? claim() : index, next_tile = last_tile ? 0 : tile + 1;
-        if (next_index < num_units) fetch(next, next_index, next_tile, 0);
-        // Of the tile's queries those that are the unit's
-        const TileQueries own_queries =
-            queries_of_rows(g, unit, tile * kQueryTile * g.group_size, min(Traits::kRows, kQueryTile * g.group_size));
+        const int next_index = claim();
+        if (next_index < num_units) fetch(next, next_index, 0);
+        const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
         const int end = entries.count * subs;
+        bool first_of_unit = true;
         for (int first = 0; first < end; first += 32) {
-            if (first > 0) fetch(entries, index, tile, first);
+            if (first > 0) fetch(entries, index, first);
             const int i = first + lane;
             SharedSubBlock own = {};
-            own.queries.tile = tile;
-            if (i < end) own = make_sub_block<Traits>(g, tile, entries.entry, i - i / subs * subs);
-            const bool wanted = own.num_keys > 0 && own.queries.overlaps(own_queries);
+            if (i < end) own = make_sub_block<Traits>(g, entries.entry, i - i / subs * subs);
+            const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
             for (unsigned left = __ballot_sync(~0u, wanted); left != 0; left &= left - 1) {
                 const SharedSubBlock block = of_lane(own, __ffs(left) - 1);
                 if (first_of_unit) {
@@ -217,12 +213,8 @@ __device__ __forceinline__ void run_loader(const Pipeline<Traits>& pipeline, int
                 ++n;
             }
         }
-        if (last_tile && !first_of_unit) {
-            ++u;
-            first_of_unit = true;
-        }
+        if (!first_of_unit) ++u;
         index = next_index;
-        tile = next_tile;
     }
     if (n > 0) finish_load<Traits, 0>(pipeline, n - 1, loader, true);
     pipeline.wait_empty(n);

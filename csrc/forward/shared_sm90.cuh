@@ -29,12 +29,13 @@ struct OnlineSoftmax {
     float sum[2] = {0.f, 0.f};
 };
 
-// log2 of what P is divided by: O sums up to 2^16 values before it is normalised, and those of bf16 reach 2^128.
-template <typename T>
-constexpr float kHeadroom = std::is_same_v<T, __half> ? 0.f : 16.f;
-
 // Scores may exceed the reference by this much, log2, before O is scaled to a new one.
-constexpr float kSlack = 8.f;
+constexpr float kSlack = 2.f;
+
+// log2 of what P is divided by: O sums up to 2^17 values (512 slots of 256 keys) with factors up to 2^kSlack before it is
+// normalised, and those of bf16 reach 2^128.
+template <typename T>
+constexpr float kHeadroom = std::is_same_v<T, __half> ? 0.f : 17.f + kSlack;
 
 // P = 2^(S - reference - kHeadroom), not normalised. Rows that do not share the block (`row`, a lane's description) get
 // zeros by a choice, not by their scores: those may be NaN.
@@ -149,19 +150,15 @@ template <typename Traits>
 __device__ __forceinline__ void restore_unit(
     __half* stage, const ForwardSharedParams& p, const Unit& unit, const UnitRow& row) {
     const Geometry& g = p.geometry;
-    const int subs = g.block_size / Traits::kTileK;
-    for (int tile = 0; tile < unit.num_tiles; ++tile) {
-        const int head_and_tile = unit.head * p.shared.num_tiles + unit.first_tile + tile;
-        const int4* entries = p.shared.blocks + static_cast<int64_t>(head_and_tile) * p.shared.max_blocks;
-        const int end = __ldg(p.shared.counts + head_and_tile) * subs;
+    const int subs = g.block_size / Traits::kTileK, head_and_tile = unit.head * p.shared.num_tiles + unit.tile;
+    const int4* entries = p.shared.blocks + static_cast<int64_t>(head_and_tile) * p.shared.max_blocks;
+    const int end = __ldg(p.shared.counts + head_and_tile) * subs;
 #pragma unroll 1
-        for (int i = 0; i < end; ++i) {
-            const SharedSubBlock block = make_sub_block<Traits>(g, tile, __ldg(entries + i / subs), i % subs);
-            restore_nonfinite_values<Traits>(
-                row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys,
-                g.head_dim, row_in_block(row, block),
-                [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
-        }
+    for (int i = 0; i < end; ++i) {
+        const SharedSubBlock block = make_sub_block<Traits>(g, __ldg(entries + i / subs), i % subs);
+        restore_nonfinite_values<Traits>(
+            row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys,
+            g.head_dim, row_in_block(row, block), [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
     }
 }
 
@@ -172,7 +169,7 @@ __device__ __forceinline__ int run_unit(
     const Geometry& g = p.geometry;
     const int warp = threadIdx.x / 32;
     const uint32_t stage = pipeline.memory + pipeline.stage_offset(u, warp);
-    const Unit unit = Units<Traits>(g).unit(p, pipeline.load(n).unit);
+    const Unit unit = make_unit<Traits>(g, pipeline.load(n).unit);
     const TileQueries own_queries = queries_of_rows(g, unit, warp / 4 * 64, 64);  // of the warpgroup
     UnitRow row = make_unit_row(g, unit, warp * 16 + threadIdx.x % 16);
     // Asked for now, looked at behind the loop.
@@ -185,7 +182,7 @@ __device__ __forceinline__ int run_unit(
         pipeline.wait_full(n);
         const Load<Traits>& load = pipeline.load(n);
         more = !load.last_of_unit;
-        if (load.block.queries.overlaps(own_queries)) {
+        if (load.block.queries.overlap(own_queries)) {
             for (const bool seen : load.nonfinite_values) nonfinite_values |= seen;
             Scores<Traits> s;
             Probs<Traits> probs;
