@@ -259,10 +259,20 @@ def exponent_of_partials(problem: Problem, chunk: Chunk, exponents: Tensor) -> T
 
 
 def merged(
-    problem: Problem, chunk: Chunk, output: Tensor, lse: Tensor, arithmetic: Arithmetic
+    problem: Problem,
+    chunk: Chunk,
+    output: Tensor,
+    lse: Tensor,
+    arithmetic: Arithmetic,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """forward_reduce: out [Q, heads of the chunk, D] and lse [heads of the chunk, Q] from unscaled partials."""
+    """forward_reduce: out [Q, heads of the chunk, D] and lse [heads of the chunk, Q] from unscaled partials.
+
+    `shared` [H, Q, T] names the slots that have the partial of shared blocks, at sub-block 0.
+    """
     attended = selection(problem, chunk, problem.block_size // output.shape[3]).attended
+    if shared is not None:
+        attended[..., 0] |= shared
     output = torch.where(attended[..., None, None], output.to(arithmetic.compute), 0).flatten(
         2, 3
     )  # [H, Q, T * U, G, D]

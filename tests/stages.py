@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -108,6 +109,39 @@ def poisoned(buffers: dict[str, workspace.Buffer]) -> dict[str, Tensor]:
         )
         for name, buffer in buffers.items()
     }
+
+
+MARGIN = 1024  # elements; a multiple of what kernels align to
+
+
+def carved(buffers: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of poisoned buffers that lie inside larger tensors, as poisoned; and these, for assert_margins."""
+    wholes = {
+        name: x.new_full((x.numel() + 2 * MARGIN,), torch.nan if x.is_floating_point() else POISON)
+        for name, x in buffers.items()
+    }
+    return {name: whole[MARGIN:-MARGIN].view(buffers[name].shape) for name, whole in wholes.items()}, wholes
+
+
+def assert_margins(wholes: dict[str, Tensor]) -> None:
+    """Nothing was written beside the buffers."""
+    for name, whole in wholes.items():
+        for margin in (whole[:MARGIN], whole[-MARGIN:]):
+            kept = margin.isnan() if margin.is_floating_point() else margin == POISON
+            assert kept.all(), f"{name}: written out of bounds"
+
+
+def record_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Will hold, of all calls of forward_shared to come, how many blocks the query tiles share."""
+    stages, counts = backends.stages("cuda"), []
+    forward_shared: Callable[..., None] = stages.forward_shared
+
+    def recording(problem: Problem, chunk: Chunk, **buffers: Tensor) -> None:
+        counts.append(int(buffers["shared_counts"].sum()))
+        forward_shared(problem, chunk, **buffers)
+
+    monkeypatch.setattr(stages, "forward_shared", recording)
+    return counts
 
 
 def forward_buffers(problem: Problem, chunk: Chunk) -> dict[str, Tensor]:

@@ -10,10 +10,14 @@ from reference import Results
 
 BY_NAME = {case.name: case for case in CASES}
 REPEATS = 8 if HAS_GPU else 2
-# Contended: many queries add to the keys of few blocks; in the first case to one, in pieces.
+# Contended: many queries add to the keys of few blocks; in the first case to one, in pieces. In the last, neighbouring
+# queries share blocks, and CTAs fetch several units of work each.
 CONTENDED = [
     Case("one_block", (3000 if HAS_GPU else 150,), topk=2, select=first_block_by_all, head_dim=64 if HAS_GPU else 16),
     Case("few_blocks", (2000, 60) if HAS_GPU else (70,), topk=8 if HAS_GPU else 3, select=any_blocks, head_dim=64),
+    Case("shared_blocks", (2000,), num_kv_heads=8, group_size=8, topk=16, head_dim=128, block_size=64)
+    if HAS_GPU
+    else Case("shared_blocks", (150,), num_kv_heads=2, group_size=4, topk=2, head_dim=16, block_size=64),
 ]
 
 

@@ -5,21 +5,40 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
+import cases
 import pytest
 import stage_reference
 import torch
-from harness import DEVICE
+from harness import DEVICE, Target, forward
 from reference import Arithmetic
 from stage_reference import QUERY_TILE, SHARED_SLOT, Split
-from stages import POISON, Case, forward_buffers, load_stages, make_chunk, make_problem, poisoned
-from tolerances import assert_close
+from stages import (
+    POISON,
+    Case,
+    assert_margins,
+    carved,
+    forward_buffers,
+    load_stages,
+    make_chunk,
+    make_problem,
+    poisoned,
+    record_shared_blocks,
+)
+from tolerances import assert_close, expected_results
 from torch import Tensor
 
+import fsa
 from fsa import backends, workspace
 from fsa.problem import Chunk, Problem
 from fsa.tiling import SHARED_MIN_QUERIES
 
 DTYPES = (torch.float16, torch.bfloat16)
+SUB_BLOCK = 64  # keys of a sub-block in forward_shared
+# Tiles that share more sub-blocks than a loader's warp has lanes.
+LONG_LISTS = (
+    Case("many_blocks", (70,), (2500,), 1, 2, 16, 40, 64, causal=False),
+    Case("many_sub_blocks", (70,), (2500,), 1, 3, 16, 14, 256, causal=False),
+)
 CASES = (
     Case("one_head", (150,), (150,), 2, 1, 64, 3, 64),
     Case("ragged", (37, 0, 1, 3, 90), (37, 0, 5, 3, 170), 2, 3, 24, 5, 64),
@@ -28,6 +47,7 @@ CASES = (
     Case("wide_head", (40,), (140,), 1, 16, 256, 2, 128),
     Case("many_slots", (80,), (200,), 1, 4, 136, 21, 64),
     Case("chunk", (90, 160), (90, 175), 3, 2, 16, 4, 128, heads=(1, 3), queries=(37, 190)),
+    *LONG_LISTS,
 )
 
 
@@ -44,13 +64,16 @@ def run_split(
     stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int = SHARED_MIN_QUERIES
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """scattered_idx of the chunk, and the other results; nothing is written outside the chunk."""
-    scattered = torch.full_like(problem.topk_idx, POISON)
     sizes = workspace.Sizes.of(problem, shares_blocks=True)
     buffers = poisoned(workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
     del buffers["shared_exponent"]
     most = QUERY_TILE * problem.topk // min_queries
     buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
+    buffers, wholes = carved({**buffers, "scattered": torch.full_like(problem.topk_idx, POISON)})
+    scattered = buffers.pop("scattered")
     stages.forward_split(problem, chunk, min_queries, scattered, **buffers)
+    assert_margins(wholes)
+    assert ((buffers["shared_counts"] >= 0) & (buffers["shared_counts"] <= most)).all()
     mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
     result = mine.clone()
     mine[:] = POISON
@@ -87,25 +110,30 @@ def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
     assert_split(run_split(stages, problem, chunk), stage_reference.split(problem, chunk, SHARED_MIN_QUERIES))
 
 
+@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES])
 @pytest.mark.parametrize("cu_seqlens", [[0, 200, 100, 127], [5, 40, 40, 90], [-50, 2**31 - 1, 300, -(2**31)]], ids=str)
-def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int]) -> None:
+def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int], min_queries: int) -> None:
+    """run_split and run_shared look at what lies beside the buffers, and at the counts."""
     case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 64)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
     problem = dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile)
-    _, split = run_split(stages, problem, chunk, min_queries=1)
+    _, split = run_split(stages, problem, chunk, min_queries)
     run_shared(stages, problem, chunk, split)
 
 
 def run_shared(
     stages: ModuleType, problem: Problem, chunk: Chunk, split: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """forward_shared on poisoned buffers: the partials and shared_exponent."""
+    """forward_shared on poisoned buffers: the partials and shared_exponent; nothing is written beside them."""
     buffers = forward_buffers(problem, chunk)
     del buffers["value_exponent"]
     shape = (chunk.num_heads, chunk.num_queries, problem.group_size)
     exponent = torch.full(shape, POISON, dtype=torch.int32, device=DEVICE)
-    stages.forward_shared(problem, chunk, **split, **buffers, shared_exponent=exponent)
+    buffers, wholes = carved({**buffers, "shared_exponent": exponent})
+    stages.forward_shared(problem, chunk, **split, **buffers)
+    assert_margins(wholes)
+    exponent = buffers.pop("shared_exponent")
     return buffers, exponent
 
 
@@ -177,3 +205,71 @@ def test_large_logits(stages: ModuleType, dtype: torch.dtype) -> None:
     problem = make_problem(CASES[0], dtype)
     problem = dataclasses.replace(problem, q=problem.q * 100, k=problem.k * 100)
     assert_shared(stages, problem, make_chunk(CASES[0]), 1)
+
+
+@pytest.mark.parametrize("case", LONG_LISTS, ids=str)
+def test_lists_are_long(case: Case) -> None:
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    blocks = stage_reference.split(problem, chunk, SHARED_MIN_QUERIES).blocks[0, 0]
+    assert len(blocks) * problem.block_size // SUB_BLOCK > 32
+
+
+@pytest.mark.parametrize("rise", [1.875, 7.75])
+def test_sums_of_huge_values_are_finite(stages: ModuleType, rise: float) -> None:
+    """Every key but those of the block that is listed first has the same score, `rise` larger in base 2."""
+    case = Case("huge", (40,), (64 * 18,), 1, 2, 16, 18, 64, causal=False)
+    problem, chunk = make_problem(case, torch.bfloat16), make_chunk(case)
+    q, k, v = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+    q[..., 0], k[64:, :, 0] = 1, rise
+    ids = torch.arange(18, dtype=torch.int32, device=DEVICE).expand_as(problem.topk_idx).contiguous()
+    scale = stage_reference.LN_2
+    problem = dataclasses.replace(problem, q=q, k=k, v=v + 2.0**127, topk_idx=ids, softmax_scale=scale)
+    assert_shared(stages, problem, chunk, SHARED_MIN_QUERIES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole forward
+# ---------------------------------------------------------------------------------------------------------------------
+SHARING = cases.Case("shares", (70, 90), num_kv_heads=1, head_dim=16, block_size=64, topk=2)
+NEWEST, SM_80 = Target("cuda", torch.bfloat16), Target("cuda", torch.bfloat16, arch=80)
+
+
+def run_forward(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The forward, compared with the reference; what record_shared_blocks tells of it."""
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    shared = record_shared_blocks(monkeypatch)
+    out, lse = forward(inputs, "cuda")
+    expected = expected_results(inputs)
+    assert_close("out", out, expected["out"])
+    assert_close("lse", lse, expected["lse"])
+    return shared
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_the_forward_shares_blocks(
+    stages: ModuleType, group_size: int, block_size: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    case = dataclasses.replace(SHARING, group_size=group_size, block_size=block_size)
+    (shared,) = run_forward(case, monkeypatch)
+    assert shared > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [(NEWEST, {"group_size": 1}), (NEWEST, {"block_size": 32}), (SM_80, {})],
+    ids=["group_size_1", "block_size_32", "sm_80"],
+)
+def test_the_forward_does_not_share_blocks(
+    target: Target, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    load_stages("cuda")
+    assert run_forward(dataclasses.replace(SHARING, **changes), monkeypatch) == []
+
+
+@pytest.mark.usefixtures("workspace_limit")
+def test_the_forward_shares_no_blocks_where_the_limit_has_no_room(
+    stages: ModuleType, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    fsa.set_workspace_limit(8000)
+    assert run_forward(SHARING, monkeypatch) == []

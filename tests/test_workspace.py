@@ -46,7 +46,15 @@ def problem_sizes(draw: st.DrawFn) -> Sizes:
         block_size=block_size,
         dtype=draw(st.sampled_from([torch.float16, torch.float32])),
         num_sms=draw(st.sampled_from([8, 108, 132])),
+        shares_blocks=draw(st.booleans()),
     )
+
+
+def sharing_as_allowed(sizes: Sizes, which: Pass, limit: int) -> Sizes:
+    """The sizes with which the pipeline plans: shares_blocks only in the forward, and where the limit has room."""
+    alone = dataclasses.replace(sizes, shares_blocks=False)
+    shares = which == "forward" and sizes.shares_blocks and workspace.may_share_blocks(alone, limit)
+    return dataclasses.replace(sizes, shares_blocks=shares)
 
 
 def ranges(chunks: list[Chunk]) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -65,8 +73,9 @@ def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, quer
     """The bound that workspace.py documents, and int32 for every index inside the chunk."""
     delta = sizes.delta_bytes if which == "backward" else 0
     accumulators = sizes.accumulator_bytes if which == "backward" and queries_are_cut else 0
+    scattered = sizes.scattered_bytes if which == "forward" and sizes.shares_blocks else 0
     heads, queries = chunk.num_heads, chunk.num_queries
-    in_use = delta + heads * accumulators + chunk_bytes(sizes, which, heads, queries, limit)
+    in_use = delta + scattered + heads * accumulators + chunk_bytes(sizes, which, heads, queries, limit)
     assert in_use <= max(limit, delta + accumulators + limit // 4)
 
     if which == "forward":
@@ -83,6 +92,7 @@ def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, quer
 @given(problem_sizes(), st.sampled_from(PASSES), st.integers(21, 36))
 def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pass, log2_limit: int) -> None:
     limit = 1 << log2_limit
+    sizes = sharing_as_allowed(sizes, which, limit)
     try:
         groups, step = cut(sizes, which, limit)
     except RuntimeError:
@@ -103,11 +113,33 @@ def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pas
 @given(problem_sizes(), st.sampled_from(PASSES), st.integers(1, 1 << 24))
 def test_the_limit_that_the_error_names_is_enough(sizes: Sizes, which: Pass, limit: int) -> None:
     try:
-        cut(sizes, which, limit)
+        cut(sharing_as_allowed(sizes, which, limit), which, limit)
     except RuntimeError as error:
         enough = int(str(error).split(" of this call ")[1].split()[0])
         assert enough > limit
-        cut(sizes, which, enough)
+        cut(sharing_as_allowed(sizes, which, enough), which, enough)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem_sizes(), st.integers(20, 36))
+def test_sharing_leaves_room_for_whole_query_tiles(sizes: Sizes, log2_limit: int) -> None:
+    limit = 1 << log2_limit
+    alone, sharing = (dataclasses.replace(sizes, shares_blocks=shares) for shares in (False, True))
+    if not workspace.may_share_blocks(alone, limit):
+        return
+    assert sizes.scattered_bytes <= limit // 4
+    _, step = cut(sharing, "forward", limit)
+    assert step == sizes.total_q or step % 64 == 0
+
+
+def test_sharing_asks_for_room() -> None:
+    """For scattered_idx in a quarter of the limit, and for a query tile beside it."""
+    few = dataclasses.replace(SMALL, total_q=100, num_kv_heads=1)
+    many = dataclasses.replace(SMALL, total_q=1 << 20)
+    tile = chunk_bytes(dataclasses.replace(few, shares_blocks=True), "forward", 1, 64, 1 << 40)
+    for sizes, needed in ((few, tile + few.scattered_bytes), (many, 4 * many.scattered_bytes)):
+        assert workspace.may_share_blocks(sizes, needed)
+        assert not workspace.may_share_blocks(sizes, needed - 1)
 
 
 @pytest.mark.parametrize("which", PASSES)

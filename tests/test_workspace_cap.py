@@ -21,6 +21,7 @@ from harness import (
     skip_unless_usable,
 )
 from reference import Results
+from stages import record_shared_blocks
 from tolerances import assert_results, expected_results
 from torch import Tensor
 
@@ -34,10 +35,10 @@ MIB = 2**20
 CUT_CASE = (
     Case("cut", (1400, 600), num_kv_heads=4, head_dim=64, block_size=64, topk=8)
     if HAS_GPU
-    else Case("cut", (90, 33), num_kv_heads=2, group_size=4, head_dim=16, topk=2)
+    else Case("cut", (200, 33), num_kv_heads=2, head_dim=8, block_size=64, topk=2)
 )
-# Limits under which it is cut.
-CUT_LIMITS = {"heads": 12 * MIB, "queries": 2 * MIB} if HAS_GPU else {"heads": 50_000, "queries": 30_000}
+# Limits under which it is cut, and shares blocks.
+CUT_LIMITS = {"heads": 12 * MIB, "queries": 2 * MIB} if HAS_GPU else {"heads": 36_000, "queries": 20_000}
 
 
 def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
@@ -61,6 +62,8 @@ def test_a_call_in_chunks_is_as_exact(
     skip_unless_usable(target.backend)
     inputs = CUT_CASE.inputs(target.dtype, DEVICE)
     chunks = _record_chunks(target.backend, monkeypatch)
+    shares_blocks = target.backend == "cuda" and backends.kernel_arch(DEVICE) >= 90
+    shared = record_shared_blocks(monkeypatch) if shares_blocks else []
     fsa.set_workspace_limit(CUT_LIMITS[cut])
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out, lse = forward(inputs.replace(q=q, k=k, v=v), target.backend)
@@ -71,6 +74,8 @@ def test_a_call_in_chunks_is_as_exact(
     for one_pass in (chunks[:num_forward], chunks[num_forward:]):
         assert len(one_pass) > 1
         assert all(chunk.num_queries < len(inputs.q) for chunk in one_pass) == (cut == "queries")
+    if shares_blocks:
+        assert len(shared) == num_forward and sum(shared) > 0
 
 
 @pytest.mark.parametrize("target", MAIN_TARGETS, ids=str)
