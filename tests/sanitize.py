@@ -39,6 +39,8 @@ MATRIX = [
     *((Case(f"head_dim_{d}", _LENGTHS, head_dim=d, group_size=3), None) for d in (8, 32, 64, 96, 128, 192, 256)),
     *((Case(f"block_size_{b}", (300, 20), head_dim=d, block_size=b), None) for b in (64, 128, 256) for d in (64, 256)),
     *((Case(f"group_size_{g}", _LENGTHS, group_size=g), None) for g in (1, 7, 16)),
+    # Enough queries for some blocks to be shared by a query tile
+    *((Case(f"shared_{d}", (300, 20), head_dim=d, block_size=64, group_size=3), None) for d in (64, 96, 128, 192, 256)),
     (Case("block_selected_by_all", (300,), group_size=16, topk=2, select=first_block_by_all), None),
     (Case("chunks", (200, 33), num_kv_heads=3, head_dim=64), 400 * _KIBIBYTE),
 ]
