@@ -11,7 +11,7 @@ from typing import Any
 import nsa_reference
 import pytest
 import torch
-from harness import DEVICE, HAS_GPU
+from harness import DEVICE, HAS_GPU, skip_unless_usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nsa_reference import Config
@@ -54,6 +54,60 @@ def test_packed_rows(lengths: tuple[int, ...]) -> None:
 def test_rows_of_no_sequence() -> None:
     assert packed_rows(torch.tensor([2, 4, 5]), 7).position.tolist() == [-1, -1, 0, 1, 0, -1, -1]
     assert packed_rows(torch.tensor([-5, 100]), 3).position.tolist() == [0, 1, 2]
+
+
+def many_lengths() -> tuple[int, ...]:
+    """More sequences than the kernel adds up at a time."""
+    return tuple(torch.randint(0, 9, (1100,), generator=torch.Generator().manual_seed(0)).tolist())
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("cu_seqlens", "total"),
+    [
+        (cu_seqlens_of((70, 31, 0, 32, 33, 5)), 171),
+        (cu_seqlens_of((0, 0, 600, 0)), 600),
+        (cu_seqlens_of((15,)), 15),
+        (cu_seqlens_of((0,)), 0),
+        (cu_seqlens_of(many_lengths()), sum(many_lengths())),
+        (torch.tensor([-5, 1000], dtype=torch.int32), 300),
+        (torch.tensor([7, 50, 90], dtype=torch.int32), 100),
+    ],
+    ids=["ragged", "empty_around", "short", "no_token", "many", "beyond", "within"],
+)
+@pytest.mark.parametrize(("kernel_size", "kernel_stride"), [(32, 16), (48, 8), (16, 16), (5, 1)])
+def test_both_backends_find_the_same_windows(
+    cu_seqlens: Tensor, total: int, kernel_size: int, kernel_stride: int
+) -> None:
+    skip_unless_usable("triton")
+    arguments = (cu_seqlens.to(DEVICE), total, kernel_size, kernel_stride)
+    actual, wanted = (find_windows(*arguments, backend=backend) for backend in ("triton", "reference"))
+    for name, value in wanted._asdict().items():
+        found = getattr(actual, name)
+        assert found.dtype == value.dtype and torch.equal(found, value), name
+
+
+@pytest.mark.parametrize("name", ["find_windows", "_find_windows_triton", "_find_windows_reference"])
+def test_find_windows_opcheck(name: str) -> None:
+    skip_unless_usable("triton" if "triton" in name else "reference")
+    for lengths in ((70, 31, 0), (3,), (0,)):
+        arguments = (cu_seqlens_of(lengths, DEVICE), sum(lengths), 32, 16)
+        torch.library.opcheck(getattr(torch.ops.fsa, name).default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "cu_seqlens",
+    [(0, 1000), (5, 2), (-3, 7), (90, 10, 300), (50, 50), (0, 100, 0, 100, 0), (100, 0, -(2**31), 2**31 - 1)],
+)
+def test_windows_of_wrong_cu_seqlens_stay_in_bounds(cu_seqlens: tuple[int, ...], backend: str) -> None:
+    skip_unless_usable(backend)
+    windows = find_windows(torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE), 100, 16, 8, backend=backend)
+    bounds = {"cu_seqlens": 12, "terms": 23, "chunk_tokens": 99, "token_places": 95, "positions": 99}
+    for name, last in bounds.items():
+        values = getattr(windows, name)
+        assert values.min() >= (-1 if name == "positions" else 0) and values.max() <= last, name
+    assert bool((windows.cu_seqlens.diff() >= 0).all())
 
 
 @pytest.mark.parametrize("mean", [False, True])

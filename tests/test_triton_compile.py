@@ -17,8 +17,8 @@ import pytest
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB}  # that a CTA may have
 # Of the six stages; of compressed attention (forward, dq, dkv, reduce) and selection (two); of the gated sum (forward,
-# backward) and RoPE.
-NUM_KERNELS = 8 + 6 + 3
+# backward) and RoPE; of the search for windows (two).
+NUM_KERNELS = 8 + 6 + 3 + 2
 BF16 = ("bfloat16", 128, 64, 4, 16)  # dtype, head_dim, block_size, group_size, topk
 FP16 = ("float16", 72, 256, 1, 1)
 FP32 = ("float32", 64, 32, 3, 7)
@@ -49,6 +49,7 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     from fsa import pipeline
     from fsa.module import (
         triton_compressed_attention,
+        triton_find_windows,
         triton_gated_sum,
         triton_rope,
         triton_selection,
@@ -87,6 +88,7 @@ def compile_kernels(capability: int, dtype: str, head_dim: int, block_size: int,
     out, lse = pipeline.forward(problem, stages)
     pipeline.backward(problem, stages, out, lse, dout=q, dlse=None)
 
+    triton_find_windows.find_windows(cu_seqlens, total, 32, 16)
     triton_windows.uses_wgmma = lambda device: capability >= 90
     compressed = (k[: total // 16], k[: total // 16])
     sequences = (cu_seqlens, cu_seqlens // 16)

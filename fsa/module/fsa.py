@@ -163,12 +163,12 @@ class FlashSparseAttention(nn.Module):
             [total, num_q_heads, head_dim], dtype of q.
         """
         cu_seqlens = cu_seqlens.int()
-        windows = find_windows(cu_seqlens, q.shape[0], self.kernel_size, self.kernel_stride)
+        backend, total = "auto" if self.backend == "cuda" else self.backend, q.shape[0]
+        windows = find_windows(cu_seqlens, total, self.kernel_size, self.kernel_stride, backend=backend)
         compressed_k, compressed_v = self.compress(k, v, windows)  # before RoPE
-        cosine, sine = self.rope(windows.token_position, q.dtype)
-        backend = "auto" if self.backend == "cuda" else self.backend
-        q, k = (rotate(x, cosine, sine, backend=backend) for x in (q, k))
-        compressed_k = rotate(compressed_k, *self.rope(windows.position, q.dtype), backend=backend)
+        cosine, sine = self.rope(windows.positions, q.dtype)
+        q, k = (rotate(x, cosine[:total], sine[:total], backend=backend) for x in (q, k))
+        compressed_k = rotate(compressed_k, cosine[total:], sine[total:], backend=backend)
 
         sizes = {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
         compressed, lse = compressed_attention(

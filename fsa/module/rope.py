@@ -113,7 +113,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Positions [n], integers -> cosine and sine [n, 1, head_dim / 2], in fp32 (float64 for dtype float64)."""
-        angle = position.double()[:, None, None] * self.inv_freq
+        angle = position[:, None, None] * self.inv_freq  # float64
         table_dtype = torch.promote_types(dtype, torch.float32)
         return angle.cos().to(table_dtype), angle.sin().to(table_dtype)
 
