@@ -28,7 +28,6 @@ from tqdm import tqdm
 import fsa
 from fsa.module.compressed_attention import compressed_attention
 from fsa.module.compression import find_windows
-from fsa.module.packed import packed_rows
 from fsa.module.rope import rotate
 from fsa.module.selection import select_blocks
 from fsa.module.sliding_window import sliding_window_attention
@@ -135,9 +134,9 @@ def module_parts(module: fsa.FlashSparseAttention, inputs: Inputs) -> dict[str, 
         raw_k, compressed_v = map(leaf, compress())
 
     def rope() -> Sequence[Tensor]:
-        position = packed_rows(cu_seqlens, total).position
-        tables = module.rope(position, inputs.q.dtype)
-        rotated_windows = rotate(raw_k, *module.rope(windows.position, inputs.q.dtype))
+        cosine, sine = module.rope(windows.positions, inputs.q.dtype)
+        tables = cosine[:total], sine[:total]
+        rotated_windows = rotate(raw_k, cosine[total:], sine[total:])
         return rotate(inputs.q, *tables), rotate(inputs.k, *tables), rotated_windows
 
     with torch.no_grad():

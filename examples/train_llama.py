@@ -116,7 +116,7 @@ def packed_dense_attention(
 
     A sliding window as long as the longest sequence: on a GPU torch's variable-length attention.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # RoPE may have made them fp32
     out = sliding_window_attention(
         q, k, v, cu_seq_lens_q, window_size=max_length_q, max_seqlen=max_length_q, softmax_scale=scaling
     )

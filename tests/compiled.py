@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -65,10 +66,13 @@ def _build(target: str) -> Path:
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=ninja.BIN_DIR + os.pathsep + os.environ['PATH'])}",
     ]
-    for command in (
-        [*cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options],
-        [*cmake, "--build", str(folder), "--target", target],
-    ):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of pytest's workers, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [*cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options],
+            [*cmake, "--build", str(folder), "--target", target],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            assert done.returncode == 0, done.stdout
     return folder / "tests"

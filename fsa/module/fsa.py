@@ -137,7 +137,7 @@ class FlashSparseAttention(nn.Module):
                 GPU some empty thread blocks.
 
         Returns:
-            [total, hidden_size], dtype of x.
+            [total, hidden_size], dtype of x, or autocast's.
         """
         checks.check_input(x, self.hidden_size, self.proj_q.weight)
         checks.check_tensors(cu_seqlens=cu_seqlens)
@@ -160,7 +160,7 @@ class FlashSparseAttention(nn.Module):
             cu_seqlens, max_seqlen: as in `forward`.
 
         Returns:
-            [total, num_q_heads, head_dim], dtype of q.
+            [total, num_q_heads, head_dim], dtype of q, or autocast's.
         """
         cu_seqlens = cu_seqlens.int()
         backend, total = "auto" if self.backend == "cuda" else self.backend, q.shape[0]

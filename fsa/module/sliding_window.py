@@ -46,8 +46,9 @@ def sliding_window_attention(
             (plain PyTorch on scaled_dot_product_attention).
 
     Returns:
-        [total, num_heads, head_dim], dtype of q. Tokens outside of all sequences get 0 from the reference and
-        unspecified values on a GPU. NaN and infinities may also reach queries near to those that see them.
+        [total, num_heads, head_dim], dtype of q. Tokens outside of all sequences get 0 from the reference and values of
+        their own on a GPU, where `max_seqlen` must bound their number, too. NaN and infinities may also reach queries
+        near to those that see them.
 
     Raises:
         TypeError: an argument of the wrong Python type.
@@ -69,8 +70,13 @@ def sliding_window_attention(
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window_size: int, max_seqlen: int, softmax_scale: float
 ) -> Tensor:
+    # Tokens in no sequence become sequences of their own: what torch leaves uninitialised may be NaN, and gradients of
+    # whoever made q, k and v would see it even where those of out are zero.
+    total = q.shape[0]
+    bounds = nn.functional.pad(cu_seqlens.clamp(0, total), (1, 0))
+    bounds = nn.functional.pad(bounds, (0, 1), value=total)
     out: Tensor = _varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        q, k, v, bounds, bounds, max_seqlen, max_seqlen,
         window_size=(window_size - 1, 0), scale=softmax_scale, **_OPTIONS,
     )  # fmt: skip
     return out

@@ -335,7 +335,7 @@ def select_blocks(
         lower id is taken first.
 
     Beside it 64 MiB are allocated at most, or the scores of one tile of query tokens if that is more. Up to 65,535
-    blocks a sequence.
+    blocks of all sequences together.
     """
     (total, num_heads, head_dim), (max_windows, num_kv_heads, _) = q.shape, compressed_k.shape
     topk_idx = torch.empty((num_kv_heads, total, topk), dtype=torch.int32, device=q.device)

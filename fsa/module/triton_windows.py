@@ -23,8 +23,6 @@ SIZES = (
     "num_kv_heads",
     "num_tiles",
     "num_splits",
-    "num_blocks",
-    "num_window_tiles",
     "chunk_begin",
     "chunk_end",
     "topk",
