@@ -43,30 +43,10 @@ BACKENDS = ("cuda", "triton", "dense")
 _BUDGET_MS = 500.0  # of a measurement
 
 
-def make_row(
-    shape: ModuleShape, name: str, backend: str, stage: str, ms: float | None, extra_gib: float | None, **more: Any
-) -> Row:
-    """A row of the result file; `more` holds what its kind has besides."""
-    return {
-        "bench": "nsa_module",
-        "pass": name,
-        "stage": stage,
-        "backend": backend,
-        "selection": shape.selection,
-        "tokens": shape.tokens,
-        "num_kv_heads": shape.num_kv_heads,
-        "group_size": shape.group_size,
-        "head_dim": shape.head_dim,
-        "block_size": shape.block_size,
-        "topk": shape.topk,
-        "dtype": shape.dtype,
-        "ms": ms,
-        "extra_gib": extra_gib,
-        "kernel_size": shape.kernel_size,
-        "kernel_stride": shape.kernel_stride,
-        "window_size": shape.window_size,
-        **more,
-    }
+def make_row(shape: ModuleShape, *values: Any, **more: Any) -> Row:
+    """A row of the result file, as of `harness.make_row`."""
+    sizes = {key: getattr(shape, key) for key in ("kernel_size", "kernel_stride", "window_size")}
+    return harness.make_row("nsa_module", shape, *values, **sizes, **more)
 
 
 def make_module(shape: ModuleShape, backend: str, device: str = "cuda") -> fsa.FlashSparseAttention:

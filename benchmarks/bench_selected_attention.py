@@ -11,6 +11,7 @@ Writes a JSON file and a plot, prints a table. Errors are relative to float64, o
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -80,27 +81,7 @@ class Samples:
         }
 
 
-def make_row(
-    shape: Shape, name: str, backend: str, stage: str, ms: float | None, extra_gib: float | None, **more: Any
-) -> Row:
-    """A row of the result file: a pass of a shape on a backend; `more` holds what its kind has besides."""
-    return {
-        "bench": "selected_attention",
-        "pass": name,
-        "stage": stage,
-        "backend": backend,
-        "selection": shape.selection,
-        "tokens": shape.tokens,
-        "num_kv_heads": shape.num_kv_heads,
-        "group_size": shape.group_size,
-        "head_dim": shape.head_dim,
-        "block_size": shape.block_size,
-        "topk": shape.topk,
-        "dtype": shape.dtype,
-        "ms": ms,
-        "extra_gib": extra_gib,
-        **more,
-    }
+make_row = functools.partial(harness.make_row, "selected_attention")
 
 
 class Measured(NamedTuple):

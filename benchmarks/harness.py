@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .shapes import Shape
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -161,6 +163,36 @@ def measure_pass(
         measured()
     gib = extra_gib(measured)
     return Measured(timer.ms(measured), gib, saved)
+
+
+def make_row(
+    bench: str,
+    shape: Shape,
+    name: str,
+    backend: str,
+    stage: str,
+    ms: float | None,
+    extra_gib: float | None,
+    **more: Any,
+) -> Row:
+    """A row of the result file: a pass of a shape on a backend; `more` holds what its kind has besides."""
+    return {
+        "bench": bench,
+        "pass": name,
+        "stage": stage,
+        "backend": backend,
+        "selection": shape.selection,
+        "tokens": shape.tokens,
+        "num_kv_heads": shape.num_kv_heads,
+        "group_size": shape.group_size,
+        "head_dim": shape.head_dim,
+        "block_size": shape.block_size,
+        "topk": shape.topk,
+        "dtype": shape.dtype,
+        "ms": ms,
+        "extra_gib": extra_gib,
+        **more,
+    }
 
 
 def csrc_sha256(root: Path = ROOT) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends, checks, pipeline, reference
 from .problem import Arguments, Problem
+from .registration import refuse_second_derivative, register, register_gradient
 
 _FORWARD_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -33,7 +34,6 @@ _OP_NAMES = {
 }
 
 # All operators of the package, those of fsa.module too, are defined in this one.
-library = torch.library.Library("fsa", "DEF")
 
 
 @overload
@@ -258,12 +258,6 @@ def _autograd(op_name: str, ctx: Any, dout: Tensor | None, dlse: Tensor | None) 
     return (*gradients, *(None,) * 6)
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
-        "selected_attention must be differentiated once, got a second derivative; do not pass create_graph=True"
-    )
-
-
 def _autocast(op_name: str, device_type: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device_type)
     q, k, v, *rest = arguments
@@ -274,20 +268,17 @@ def _autocast(op_name: str, device_type: str, *arguments: Any) -> tuple[Tensor, 
 
 
 def _register(family: str, op_name: str) -> None:
-    backward_name = f"{op_name}_backward"
-    library.define(op_name + _FORWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(backward_name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        library.impl(op_name, functools.partial(_forward, family), device_type)
-        library.impl(backward_name, functools.partial(_backward, family), device_type)
-        autocast = functools.partial(_autocast, op_name, device_type.lower())
-        library.impl(op_name, autocast, f"Autocast{device_type}")
-    for name, fake in ((op_name, _forward_fake), (backward_name, _backward_fake)):
-        torch.library.register_fake(f"fsa::{name}", functools.partial(fake, family), lib=library)
-    torch.library.register_autograd(
-        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=library
+    forward, backward = functools.partial(_forward, family), functools.partial(_backward, family)
+    register(
+        op_name,
+        _FORWARD_SCHEMA,
+        forward,
+        functools.partial(_forward_fake, family),
+        functools.partial(_autocast, op_name),
     )
-    torch.library.register_autograd(f"fsa::{backward_name}", _no_second_derivative, lib=library)
+    register(f"{op_name}_backward", _BACKWARD_SCHEMA, backward, functools.partial(_backward_fake, family))
+    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
+    refuse_second_derivative(f"{op_name}_backward", "selected_attention")
 
 
 for _family, _op_name in _OP_NAMES.items():

@@ -216,14 +216,10 @@ def test_ties_go_to_the_lower_id() -> None:
 
 def test_nan_keys() -> None:
     """A window of NaN: the blocks that it touches count as 0 for the queries that see it; others do not notice."""
-
-    def nan_window(q: Tensor, k: Tensor) -> None:
-        k[9] = torch.nan  # tokens 144 to 175, block 2
-
     case = Case("nan_keys", (500,), local_blocks=1)
     clean = make(case)
     clean_idx = clean.select()
-    clean.k[9] = torch.nan
+    clean.k[9] = torch.nan  # tokens 144 to 175, block 2
     topk_idx = clean.select()
     assert torch.equal(topk_idx[:, :175], clean_idx[:, :175])
     assert (topk_idx.diff()[topk_idx[..., 1:] >= 0] > 0).all()

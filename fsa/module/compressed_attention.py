@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_backward_arguments, lse_dtype_of
-from ..ops import library
 from ..pipeline import as_kernel_input
+from ..registration import refuse_second_derivative, register, register_gradient
 from . import checks
 from .packed import packed_rows
 
@@ -314,12 +314,6 @@ def _autograd(op_name: str, ctx: Any, dout: Tensor | None, dlse: Tensor | None) 
     return (*gradients, *(None,) * 5)
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
-        "compressed_attention must be differentiated once, got a second derivative; do not pass create_graph=True"
-    )
-
-
 def _autocast(op_name: str, device_type: str, *values: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device_type)
     tensors = (x if x.dtype == torch.float64 else x.to(dtype) for x in values[:3])
@@ -329,20 +323,17 @@ def _autocast(op_name: str, device_type: str, *values: Any) -> tuple[Tensor, Ten
 
 
 def _register(family: str, op_name: str) -> None:
-    backward_name = f"{op_name}_backward"
-    library.define(op_name + _FORWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(backward_name + _BACKWARD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        library.impl(op_name, functools.partial(_forward, family), device_type)
-        library.impl(backward_name, functools.partial(_backward, family), device_type)
-        autocast = functools.partial(_autocast, op_name, device_type.lower())
-        library.impl(op_name, autocast, f"Autocast{device_type}")
-    for name, fake in ((op_name, _forward_fake), (backward_name, _backward_fake)):
-        torch.library.register_fake(f"fsa::{name}", functools.partial(fake, family), lib=library)
-    torch.library.register_autograd(
-        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=library
+    forward, backward = functools.partial(_forward, family), functools.partial(_backward, family)
+    register(
+        op_name,
+        _FORWARD_SCHEMA,
+        forward,
+        functools.partial(_forward_fake, family),
+        functools.partial(_autocast, op_name),
     )
-    torch.library.register_autograd(f"fsa::{backward_name}", _no_second_derivative, lib=library)
+    register(f"{op_name}_backward", _BACKWARD_SCHEMA, backward, functools.partial(_backward_fake, family))
+    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
+    refuse_second_derivative(f"{op_name}_backward", "compressed_attention")
 
 
 for _family, _op_name in _OP_NAMES.items():

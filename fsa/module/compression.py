@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_cu_seqlens
-from ..ops import library
+from ..registration import register
 from . import checks
 from .packed import packed_rows, prefix_sums
 
@@ -190,10 +190,8 @@ def _fake(family: str, cu_seqlens: Tensor, total: int, kernel_size: int, kernel_
 
 
 def _register(family: str, op_name: str) -> None:
-    library.define(op_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        library.impl(op_name, functools.partial(_forward, family), device_type)
-    torch.library.register_fake(f"fsa::{op_name}", functools.partial(_fake, family), lib=library)
+    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
+    register(op_name, _SCHEMA, forward, fake)
 
 
 for _family, _op_name in _OP_NAMES.items():

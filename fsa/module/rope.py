@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import library
 from ..pipeline import as_kernel_input
+from ..registration import register, register_gradient
 from . import checks
 
 
@@ -191,13 +191,9 @@ def _autograd(op_name: str, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
 
 
 def _register(family: str, op_name: str) -> None:
-    library.define(op_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        library.impl(op_name, functools.partial(_forward, family), device_type)
-    torch.library.register_fake(f"fsa::{op_name}", functools.partial(_fake, family), lib=library)
-    torch.library.register_autograd(
-        f"fsa::{op_name}", functools.partial(_autograd, op_name), setup_context=_setup_context, lib=library
-    )
+    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
+    register(op_name, _SCHEMA, forward, fake)
+    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
 
 
 for _family, _op_name in _OP_NAMES.items():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import library
 from ..pipeline import as_kernel_input
+from ..registration import register
 from . import checks
 from .compressed_attention import keys_by_head, queries_by_head, resolve_scale, seen_windows
 from .packed import packed_rows
@@ -187,11 +187,8 @@ def _autocast(op_name: str, device_type: str, *values: Any) -> Tensor:
 
 
 def _register(family: str, op_name: str) -> None:
-    library.define(op_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device_type in ("CPU", "CUDA"):
-        library.impl(op_name, functools.partial(_forward, family), device_type)
-        library.impl(op_name, functools.partial(_autocast, op_name, device_type.lower()), f"Autocast{device_type}")
-    torch.library.register_fake(f"fsa::{op_name}", functools.partial(_fake, family), lib=library)
+    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
+    register(op_name, _SCHEMA, forward, fake, functools.partial(_autocast, op_name))
 
 
 for _family, _op_name in _OP_NAMES.items():
