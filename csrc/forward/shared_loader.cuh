@@ -65,25 +65,21 @@ struct Pipeline {
 
     // One thread; a barrier of the CTA follows.
     __device__ __forceinline__ void init() const {
-        for (uint64_t& barrier : state.full) mbarrier_init(shared_address(&barrier), Traits::kLoaders);
-        for (uint64_t& barrier : state.empty) mbarrier_init(shared_address(&barrier), Traits::kWarps);
-        for (uint64_t& barrier : state.queries_empty) mbarrier_init(shared_address(&barrier), Traits::kWarps);
+        for (uint64_t& barrier : state.full) mbarrier_init(shared_address(&barrier), 32 * Traits::kLoaders);
+        for (uint64_t& barrier : state.empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kWarps);
+        for (uint64_t& barrier : state.queries_empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kWarps);
         for (uint64_t& barrier : state.claimed) mbarrier_init(shared_address(&barrier), 1);
-        for (uint64_t& barrier : state.claim_empty) mbarrier_init(shared_address(&barrier), Traits::kLoaders);
+        for (uint64_t& barrier : state.claim_empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kLoaders);
     }
-    // These by whole warps.
-    __device__ __forceinline__ void arrive(uint64_t& barrier) const {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&barrier));
-    }
+    // Every thread arrives for itself: racecheck does not see what a lane that arrives for its warp knows of the others.
     __device__ __forceinline__ void arrive_full(int n) const {
-        arrive(state.full[n % Traits::kBuffers]);
+        mbarrier_arrive(shared_address(&state.full[n % Traits::kBuffers]));
     }
     __device__ __forceinline__ void arrive_empty(int n) const {
-        arrive(state.empty[n % Traits::kBuffers]);
+        mbarrier_arrive(shared_address(&state.empty[n % Traits::kBuffers]));
     }
     __device__ __forceinline__ void arrive_queries_empty(int u) const {
-        arrive(state.queries_empty[u % Traits::kQueryBuffers]);
+        mbarrier_arrive(shared_address(&state.queries_empty[u % Traits::kQueryBuffers]));
     }
     __device__ __forceinline__ void wait_full(int n) const {
         mbarrier_wait(shared_address(&state.full[n % Traits::kBuffers]), n / Traits::kBuffers % 2);
@@ -102,7 +98,7 @@ struct Pipeline {
         __syncwarp();
         mbarrier_wait(shared_address(&state.claimed[k % 2]), k / 2 % 2);
         const int index = state.claims[k % 2];
-        arrive(state.claim_empty[k % 2]);
+        mbarrier_arrive(shared_address(&state.claim_empty[k % 2]));
         return index;
     }
     // The buffers that load n and unit u are to have; free at the beginning.

@@ -285,12 +285,7 @@ void mbarrier_init(uint32_t address, int arrivals) {
 }
 
 void mbarrier_arrive(uint32_t address) {
-    const int warp = cta.running / 32;
-    // It arrives for its warp, with which it has met.
-    for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-        Fiber& fiber = *cta.fibers[thread];
-        fiber.proxy_fences_at_barrier = fiber.proxy_fences;
-    }
+    running().proxy_fences_at_barrier = running().proxy_fences;
     Mbarrier& barrier = mbarrier_at(address);
     if (--barrier.missing > 0) return;
     barrier.missing = barrier.arrivals;
