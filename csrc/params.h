@@ -50,22 +50,26 @@ struct RowTensor {
 struct PlanView {
     const int32_t* csr_offsets;  // [num_heads * num_ranges * num_blocks + 1]
     const int32_t* csr_edges;    // [num_heads * num_queries * topk], ascending within a cell
-    // [max_items]: head * num_blocks + block, whatever the range (-1: unused entry); edge begin; edge end; sequence
+    // [max_items]: head * num_blocks + block, whatever the range (-1 behind the last item); edge begin; edge end; sequence
     const int4* work_items;
     int32_t* next_item;  // [1], 0 when main starts, once a plan: for mains that fetch items as they go
     int max_items;
     int edges_per_item;
 };
 
+struct EdgesAndItems {
+    int32_t edges, items;
+};
+
 struct PlanParams {
     Geometry geometry;
-    const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
-    int num_ranges;           // runs of query tokens whose cells stand together
-    int parts;                // runs of query tokens a range is counted in
+    const int32_t* topk_idx;    // [num_kv_heads, total_q, topk]
+    int num_ranges;             // runs of query tokens whose cells stand together
+    int parts;                  // runs of query tokens a range is counted in
+    EdgesAndItems* group_sums;  // [num_heads, num_ranges, ceil(num_blocks / kPlanGroup)], scratch: sums over cells
     // Scratch. [num_heads, num_ranges, parts, num_blocks]: edges of a cell in this part, then in the parts before it.
     int32_t* counts;
     int32_t* cell_edges;   // [num_heads, num_ranges, num_blocks], scratch
-    int32_t* group_edges;  // [num_heads, num_ranges, ceil(num_blocks / kPlanGroup)], scratch: sums of cell_edges
     int32_t* csr_offsets;  // as in PlanView
     int32_t* csr_edges;
     int4* work_items;

@@ -125,6 +125,6 @@ class Plan:
 
     csr_offsets: Tensor  # [num_heads * R * num_blocks + 1], int32, exclusive prefix sum of edges per cell
     csr_edges: Tensor  # [num_heads * num_queries * topk], int32, sorted by cell, then ascending; tail unwritten
-    work_items: Tensor  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence); -1: unused row
+    work_items: Tensor  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence); -1 behind the last
     next_item: Tensor  # [1], int32, zero: a main stage that fetches its items as it goes counts them here, once a plan
     edges_per_item: int

@@ -167,10 +167,10 @@ def edges_per_item(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, 
     In the backward, pieces of dK and dV are kept to a quarter of the limit by making the items longer.
     """
     if which == "forward":
-        return forward_edges_per_item(sizes.group_size)
+        return forward_edges_per_item(sizes.group_size, forward_tile_k(sizes.head_dim, sizes.block_size))
     piece_bytes = 2 * 4 * sizes.block_size * sizes.head_dim
     num_edges = num_heads * num_queries * sizes.topk
-    return backward_edges_per_item(num_edges, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
+    return backward_edges_per_item(num_edges, num_heads, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
 
 
 def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
@@ -182,7 +182,7 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
         sizes.group_size * sizes.head_dim * sizes.dtype.itemsize,
         sizes.topk,
         sizes.num_blocks,
-        forward_edges_per_item(sizes.group_size),
+        edges_per_item(sizes, "forward", sizes.num_kv_heads, num_queries, limit=0),
     )
 
 
@@ -275,9 +275,9 @@ def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, lim
 def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
     """Chunks that cover all (KV head, query token) pairs once, heads outside, within the bound of this module.
 
-    All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: all
-    heads together in the forward; in the backward as many heads as keep their accumulators within a quarter of the
-    limit (at least one).
+    All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: of
+    all heads together in the forward; of one head at a time in the backward, where every cut adds to the accumulators
+    of its heads once more.
 
     Raises:
         RuntimeError: not even one query of one KV head fits; says the limit that it takes.
@@ -299,14 +299,11 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
         if _fits(sizes, which, groups, all_queries, limit, limit - whole):
             return groups, all_queries
 
-    groups = 1
-    if which == "backward":
-        for_accumulators = min(limit // 4, limit - limit // 4 - delta)
-        groups = ceil_div(all_heads, min(all_heads, max(1, for_accumulators // sizes.accumulator_bytes)))
+    groups = all_heads if which == "backward" else 1
     while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
         groups = min(2 * groups, all_heads)
 
-    accumulators = ceil_div(all_heads, groups) * sizes.accumulator_bytes if which == "backward" else 0
+    accumulators = sizes.accumulator_bytes if which == "backward" else 0
     return groups, _query_step(sizes, which, groups, limit, max(limit - whole - accumulators, limit // 4))
 
 

@@ -102,12 +102,14 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
     num_edges = chosen.block.numel()
     offsets = torch.tensor([0, *(len(edges) for edges in cells)]).cumsum(0).tolist()
     work_items = torch.full((num_edges // edges_per_item + len(cells), 4), -1, dtype=torch.int32)
+    num_items = 0
     for cell, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        for item, first in enumerate(range(begin, end, edges_per_item)):
+        for first in range(begin, end, edges_per_item):
             sequence = int(chosen.sequence[cells[cell][0] // problem.topk])
             head, block = cell // (num_ranges * problem.num_blocks), cell % problem.num_blocks
             row = [head * problem.num_blocks + block, first, min(first + edges_per_item, end), sequence]
-            work_items[begin // edges_per_item + cell + item] = torch.tensor(row)
+            work_items[num_items] = torch.tensor(row)
+            num_items += 1
     edges = [edge for cell in cells for edge in cell]
     edges += [-1] * (num_edges - len(edges))
     csr_offsets, csr_edges = (torch.tensor(x, dtype=torch.int32).to(problem.q.device) for x in (offsets, edges))

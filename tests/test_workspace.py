@@ -169,12 +169,10 @@ def test_then_queries_in_balanced_multiples_of_64(which: Pass) -> None:
         assert lengths[0] - 64 * len(lengths) <= lengths[-1] <= lengths[0]
 
 
-def test_forward_keeps_heads_together_and_backward_as_many_as_accumulate_in_a_quarter() -> None:
+def test_cut_queries_are_of_all_heads_in_the_forward_and_of_one_in_the_backward() -> None:
     sizes = dataclasses.replace(SMALL, total_q=1 << 17, total_k=1 << 17, num_blocks=1025, head_dim=128, topk=64)
-    limit = 1 << 30
-    assert {c.num_heads for c in plan_chunks(sizes, "forward", limit)} == {4}
-    assert sizes.accumulator_bytes == limit // 8
-    assert {c.num_heads for c in plan_chunks(sizes, "backward", limit)} == {2}
+    assert {c.num_heads for c in plan_chunks(sizes, "forward", 1 << 30)} == {4}
+    assert {c.num_heads for c in plan_chunks(sizes, "backward", 1 << 30)} == {1}
 
 
 def test_accumulators_beyond_the_limit_leave_a_quarter_for_the_chunks() -> None:
@@ -189,26 +187,26 @@ def test_accumulators_beyond_the_limit_leave_a_quarter_for_the_chunks() -> None:
 def test_chunk_bytes_are_the_bytes_of_the_buffers() -> None:
     heads, queries, topk, blocks, group, head_dim = 2, 640, 5, 13, 3, 160
     edges, cells = heads * queries * topk, heads * blocks
-    scratch = 4 * (cells * tiling.plan_parts(heads, queries, 1) + cells + heads)
+    scratch = 4 * (cells * tiling.plan_parts(heads, queries, 1) + cells + 2 * heads)
 
-    per_item = tiling.forward_edges_per_item(group)
+    per_item = tiling.forward_edges_per_item(group, 64)
     plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells) + 4
     # head_dim above 128: two sub-blocks of 64 keys; fp16 partial, fp32 lse, int32 exponent
     forward = edges * 2 * group * (2 * head_dim + 4) + 4 * cells * 2
     assert chunk_bytes(SMALL, "forward", heads, queries, 1 << 30) == scratch + plan + forward
 
-    per_item = tiling.backward_edges_per_item(edges, num_sms=132)
+    per_item = tiling.backward_edges_per_item(edges, heads, num_sms=132)
     plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells) + 4
     backward = edges * 2 * group * 2 * head_dim + (2 * edges // per_item + 1) * 2 * 4 * 128 * head_dim
     assert chunk_bytes(SMALL, "backward", heads, queries, 1 << 30) == scratch + plan + backward
 
 
-@given(st.integers(1, 1 << 32), st.integers(1, 200), st.integers(2, 1 << 16))
-def test_backward_items(num_edges: int, num_sms: int, max_pieces: int) -> None:
-    free = tiling.backward_edges_per_item(num_edges, num_sms)
-    bounded = tiling.backward_edges_per_item(num_edges, num_sms, max_pieces)
+@given(st.integers(1, 1 << 32), st.integers(1, 64), st.integers(1, 200), st.integers(2, 1 << 16))
+def test_backward_items(num_edges: int, num_heads: int, num_sms: int, max_pieces: int) -> None:
+    free = tiling.backward_edges_per_item(num_edges, num_heads, num_sms)
+    bounded = tiling.backward_edges_per_item(num_edges, num_heads, num_sms, max_pieces)
     assert free % 64 == bounded % 64 == 0 and 64 <= free <= bounded
-    assert num_edges // free <= 8 * num_sms
+    assert num_edges // free <= (4 if num_heads == 1 else 8) * num_sms
     assert 2 * num_edges // bounded + 1 <= max_pieces
 
 
@@ -222,25 +220,26 @@ def test_plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> None:
 
 def test_query_ranges_keep_the_rows_of_a_range_in_l2() -> None:
     def ranges(num_queries: int, group_size: int) -> int:
-        per_item = tiling.forward_edges_per_item(group_size)
+        per_item = tiling.forward_edges_per_item(group_size, 64)
         return tiling.forward_query_ranges(num_queries, 2 * 128 * group_size, 16, num_queries // 64 + 1, per_item)
 
     assert [ranges(65536, group_size) for group_size in (1, 2, 4, 8)] == [1, 2, 4, 8]
-    assert [ranges(num_queries, 4) for num_queries in (1, 16384, 16385, 131072)] == [1, 1, 2, 7]
+    assert [ranges(num_queries, 4) for num_queries in (1, 16384, 16385, 131072)] == [1, 1, 2, 8]
 
 
 @given(problem_sizes(), st.integers(1, 1 << 21))
 def test_query_ranges_leave_half_an_item_a_cell(sizes: Sizes, num_queries: int) -> None:
     num_ranges = workspace.query_ranges(sizes, "forward", num_queries)
     assert num_ranges >= 1 and workspace.query_ranges(sizes, "backward", num_queries) == 1
-    half_items = 2 * num_queries * sizes.topk / tiling.forward_edges_per_item(sizes.group_size)
-    assert num_ranges == 1 or half_items / num_ranges >= sizes.num_blocks
+    per_item = workspace.edges_per_item(sizes, "forward", 1, num_queries, 1 << 30)
+    assert num_ranges == 1 or 2 * num_queries * sizes.topk / (per_item * num_ranges) >= sizes.num_blocks
 
 
+@pytest.mark.parametrize(("tile_k", "rows"), [(32, 512), (64, 512), (128, 1024)])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 64, 128])
-def test_forward_items(group_size: int) -> None:
-    edges = tiling.forward_edges_per_item(group_size)
-    assert edges % 64 == 0 and 1024 <= edges * group_size < 1024 + 64 * group_size
+def test_forward_items(group_size: int, tile_k: int, rows: int) -> None:
+    edges = tiling.forward_edges_per_item(group_size, tile_k)
+    assert edges % 64 == 0 and rows <= edges * group_size < rows + 64 * group_size
 
 
 def test_tiles() -> None:

@@ -20,6 +20,7 @@ from triton_ref.common import (
     partial_rows,
     reduce_tile_rows,
     sequence_bounds,
+    sequence_of_edge,
     slot_attends,
     store_gradient_rows,
     store_rows,
@@ -72,7 +73,8 @@ def backward_reduce_dq_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def backward_reduce_dkv_kernel(
     csr_offsets,
-    work_items,
+    csr_edges,
+    cu_seqlens_q,
     cu_seqlens_k,
     dkv_pieces,  # [max_pieces, SUBS, 2, TILE_K, head_dim]
     dk,  # [total_k, num_heads, head_dim]
@@ -81,8 +83,11 @@ def backward_reduce_dkv_kernel(
     dk_head_stride,
     dv_token_stride,
     dv_head_stride,
+    batch,
     total_k,
+    topk,
     num_blocks,
+    query_begin,
     edges_per_item,
     ACCUMULATE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -107,7 +112,7 @@ def backward_reduce_dkv_kernel(
         dk_tile += load_rows(dkv_pieces, dk_rows * HEAD_DIM, every_row, HEAD_DIM, PADDED_DIM)
         dv_tile += load_rows(dkv_pieces, (dk_rows + TILE_K) * HEAD_DIM, every_row, HEAD_DIM, PADDED_DIM)
 
-    sequence = tl.load(work_items + (cell_begin // edges_per_item + cell) * 4 + 3)
+    sequence = sequence_of_edge(tl.load(csr_edges + cell_begin), topk, query_begin, cu_seqlens_q, batch)
     k_begin, k_len = sequence_bounds(sequence, cu_seqlens_k, total_k)
     block_id = cell % num_blocks - first_block(k_begin, sequence, BLOCK_SIZE)
     keys = block_id * BLOCK_SIZE + sub * TILE_K + tl.arange(0, TILE_K)
@@ -169,15 +174,19 @@ def backward_reduce(
     )
     backward_reduce_dkv_kernel[(chunk.num_heads * problem.num_blocks * subs,)](
         plan.csr_offsets,
-        plan.work_items,
+        plan.csr_edges,
+        problem.cu_seqlens_q,
         problem.cu_seqlens_k,
         dkv_pieces,
         dk,
         dv,
         *dk.stride()[:2],
         *dv.stride()[:2],
+        batch=problem.batch,
         total_k=problem.total_k,
+        topk=problem.topk,
         num_blocks=problem.num_blocks,
+        query_begin=chunk.query_begin,
         edges_per_item=plan.edges_per_item,
         ACCUMULATE=accumulate,
         BLOCK_SIZE=problem.block_size,

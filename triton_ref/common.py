@@ -54,6 +54,12 @@ def sequence_of_query(query, cu_seqlens_q, batch):
 
 
 @triton.jit
+def sequence_of_edge(edge, topk, query_begin, cu_seqlens_q, batch):
+    """Sequence of the query token of an edge of a chunk."""
+    return sequence_of_query(query_begin + edge // topk, cu_seqlens_q, batch)
+
+
+@triton.jit
 def sequence_bounds(sequence, cu_seqlens, total):
     """First token of a sequence and its length."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), total)

@@ -3,8 +3,8 @@
 Every edge gets the number of its cell; a stable sort by that number brings the edges of a cell together, in ascending
 query order, and leaves the unused slots at the end. A range is a run of queries; there are several where the query rows
 of a head would not stay in L2, and whoever walks the cells in order stays in one for long. The lists are then cut into
-work items of `edges_per_item` edges: popular cells become many items. Where a cell's items stand follows from
-csr_offsets alone, so nothing depends on the order in which programs run, and the host never learns how many there are.
+work items of `edges_per_item` edges: popular cells become many items. Prefix sums say where a cell's items stand, so
+nothing depends on the order in which programs run, and the host never learns how many there are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from triton_ref.common import (
     first_block,
     last_visible_key,
     sequence_bounds,
+    sequence_of_edge,
     sequence_of_query,
     slot_attends,
 )
@@ -71,6 +72,7 @@ def work_items_kernel(
     work_items,  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence), filled with -1
     csr_offsets,  # [num_cells + 1], int32
     csr_edges,  # [num_heads * edges_per_head], int32
+    item_ends,  # [num_cells], int32: items of a cell and of those before it
     cu_seqlens_q,  # [batch + 1], int32
     batch,
     topk,
@@ -85,13 +87,12 @@ def work_items_kernel(
     end = tl.load(csr_offsets + cell + 1)
     if begin == end:
         return
-    sequence = sequence_of_query(query_begin + tl.load(csr_edges + begin) // topk, cu_seqlens_q, batch)
+    sequence = sequence_of_edge(tl.load(csr_edges + begin), topk, query_begin, cu_seqlens_q, batch)
 
     head_and_block = cell // (num_ranges * num_blocks) * num_blocks + cell % num_blocks
 
-    # From this row to the first of the next cell there are at least as many rows as the cell has items.
-    first_row = begin // edges_per_item + cell
     num_items = (end - begin + edges_per_item - 1) // edges_per_item
+    first_row = tl.load(item_ends + cell) - num_items
     for first_item in range(0, num_items, TILE_ITEMS):
         item = first_item + tl.arange(0, TILE_ITEMS)
         edge_begin = begin + item * edges_per_item
@@ -135,10 +136,12 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
     csr_edges = order.remainder_(edges_per_head).int()
     cell_numbers = torch.arange(num_cells + 1, dtype=torch.int32, device=cells.device)
     csr_offsets = torch.searchsorted(sorted_cells, cell_numbers, out_int32=True)
+    items = csr_offsets.diff().add_(edges_per_item - 1).div_(edges_per_item, rounding_mode="floor")
     work_items_kernel[(num_cells,)](
         work_items,
         csr_offsets,
         csr_edges,
+        items.cumsum(0, dtype=torch.int32),
         problem.cu_seqlens_q,
         batch=problem.batch,
         topk=problem.topk,

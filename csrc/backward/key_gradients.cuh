@@ -14,8 +14,15 @@ struct GradientTarget {
     int64_t piece;
 };
 
-__device__ __forceinline__ GradientTarget gradient_target(const PlanView& plan, const WorkItem& item) {
-    const int cell_begin = __ldg(plan.csr_offsets + item.cell), cell_end = __ldg(plan.csr_offsets + item.cell + 1);
+// Where the edges of the item's cell begin and end, to shared memory, asynchronously.
+__device__ __forceinline__ void load_cell_edges(int (&cell_edges)[2], const PlanView& plan, const WorkItem& item) {
+    if (const int thread = thread_index_unhoisted(); thread < 2)
+        cp_async_4(shared_address(&cell_edges[thread]), plan.csr_offsets + item.cell + thread);
+}
+
+__device__ __forceinline__ GradientTarget
+gradient_target(const int (&cell_edges)[2], const PlanView& plan, const WorkItem& item) {
+    const int cell_begin = cell_edges[0], cell_end = cell_edges[1];
     return {
         cell_end - cell_begin > plan.edges_per_item,
         first_piece(cell_begin, plan.edges_per_item) + (item.edge_begin - cell_begin) / plan.edges_per_item};

@@ -35,10 +35,11 @@ struct QueryTileRows {
 // What a CTA knows of its current work item. It lies in shared memory: the accumulators leave no registers for it.
 template <typename Traits>
 struct ItemState {
-    WorkItem item;
-    int claimed;                    // the item after it
-    int nonfinite_keys;             // K holds inf or NaN
-    int next_edge[Traits::kTileQ];  // of row i, the tile after next: written and read by thread i
+    WorkItemQueue queue;
+    typename Traits::T* dq_partial;  // from the item's KV head on
+    int cell_edges[2];               // where the cell's edges begin and end
+    int nonfinite_keys;              // K holds inf or NaN
+    int next_edge[Traits::kTileQ];   // of row i, the tile after next: written and read by thread i
 };
 
 template <typename Traits>
@@ -109,9 +110,10 @@ __device__ __forceinline__ void gather_queries(
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p) {
     using T = typename Traits::T;
-    const WorkItem& item = shared.state->item;
+    const WorkItem& item = shared.state->queue.item;
     const int num_chunks = p.geometry.head_dim / 8;
     if (threadIdx.x < Traits::kTileK) shared.poison[threadIdx.x] = 0.f;
+    load_cell_edges(shared.state->cell_edges, p.plan, item);
     __syncthreads();
     const TileMagnitude keys = load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
         shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks},
@@ -120,8 +122,11 @@ __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared,
         shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks},
         [](int) {});
     const int nonfinite = __syncthreads_or(keys.nonfinite);
-    if (thread_index_unhoisted() == 0)
-        shared.state->nonfinite_keys = nonfinite;  // seen behind the barrier before the first tile
+    if (thread_index_unhoisted() == 0) {  // seen behind the barrier before the first tile
+        shared.state->nonfinite_keys = nonfinite;
+        shared.state->dq_partial =
+            static_cast<T*>(p.dq_partial) + first_partial_row(p.geometry, item.head) * p.geometry.head_dim;
+    }
 }
 
 // A strip of scores: the warp's 16 keys (rows) x 16 queries, as two n8 tiles. Wider ones would not fit beside dK and
@@ -255,8 +260,6 @@ __device__ __forceinline__ void compute_dq_and_store(
     constexpr int kGroups = Traits::kHeadDim / 32;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32, head_dim = p.geometry.head_dim;
     const int first_row = warp % Traits::kDqRowWarps * 16 + lane / 4;
-    T* dq_partial = static_cast<T*>(p.dq_partial) + first_partial_row(p.geometry, shared.state->item.head) * head_dim;
-    const int partial_row[2] = {rows.partial_row[first_row], rows.partial_row[first_row + 8]};
 #pragma unroll
     for (int step = 0; step < (kGroups + Traits::kDqColumnWarps - 1) / Traits::kDqColumnWarps; ++step) {
         const int group = step * Traits::kDqColumnWarps + warp / Traits::kDqRowWarps;
@@ -283,11 +286,11 @@ __device__ __forceinline__ void compute_dq_and_store(
         };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int x = 2 * half;
-            if (partial_row[half] >= 0 && column < head_dim) {
-                *reinterpret_cast<uint4*>(dq_partial + static_cast<int64_t>(partial_row[half]) * head_dim + column) =
-                    make_uint4(
-                        scaled_pair(dq[0], x), scaled_pair(dq[1], x), scaled_pair(dq[2], x), scaled_pair(dq[3], x));
+            const int x = 2 * half, partial_row = rows.partial_row[first_row + half * 8];
+            if (partial_row >= 0 && column < head_dim) {
+                T* const to = shared.state->dq_partial + static_cast<int64_t>(partial_row) * head_dim + column;
+                *reinterpret_cast<uint4*>(to) = make_uint4(
+                    scaled_pair(dq[0], x), scaled_pair(dq[1], x), scaled_pair(dq[2], x), scaled_pair(dq[3], x));
             }
         }
     }
@@ -295,12 +298,14 @@ __device__ __forceinline__ void compute_dq_and_store(
 
 template <typename Traits>
 __device__ __forceinline__ void store_key_gradients(
-    const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const WorkItem& item) {
+    const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p,
+    const SharedTiles<Traits>& shared) {
     using T = typename Traits::T;
     const int thread = thread_index_unhoisted(), warp = thread / 32, lane = thread % 32;
     const int key = warp % Traits::kKeyWarps * 16 + lane / 4;
+    const WorkItem& item = shared.state->queue.item;
     const int first_column = warp / Traits::kKeyWarps * Traits::kColumns + lane % 4 * 2;
-    const GradientTarget target = gradient_target(p.plan, item);
+    const GradientTarget target = gradient_target(shared.state->cell_edges, p.plan, item);
     store_key_gradient<T>(dk, 0, key, first_column, p, item, target);
     store_key_gradient<T>(dv, 1, key, first_column, p, item, target);
 }
@@ -313,10 +318,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const Geometry& g = p.geometry;
     auto describes_row = [] { return thread_index_unhoisted() < Traits::kTileQ; };
 
-    const WorkItem& item = shared.state->item;
+    const WorkItem& item = shared.state->queue.item;
 
-    if (threadIdx.x == 0) shared.state->claimed = claim_work_item(p.plan);
-    while (fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, shared.state->claimed)) {
+    request_work_item(shared.state->queue, g, p.plan, claim_work_item(p.plan));
+    while (fetch_work_item(shared.state->queue, g, p.plan, Traits::kTileK)) {
+        request_work_item(shared.state->queue, g, p.plan, claim_work_item(p.plan));
         load_kv_block(shared, p);
 
         // Edges are fetched two tiles ahead, the description of rows one; Q and dO as soon as the tile before is done
@@ -347,7 +353,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             if (row + kTileQ < item.num_rows) gather_queries(shared, rows_of(row + kTileQ), p);
             compute_dq_and_store(shared, rows_of(row), p);
         }
-        store_key_gradients<Traits>(dk, dv, p, item);
+        store_key_gradients<Traits>(dk, dv, p, shared);
     }
 }
 

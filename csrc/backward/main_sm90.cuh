@@ -24,25 +24,37 @@ namespace backward_main_sm90 {
 
 using namespace backward_main;
 
-// K and V of the sub-block; V asynchronously, commit and wait are the caller's. All threads of the CTA take part.
+// K and V of the sub-block and what else depends on the item alone, asynchronously. All threads of the CTA take part.
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p) {
     using T = typename Traits::T;
-    const WorkItem& item = shared.state->item;
-    const int num_chunks = p.geometry.head_dim / 8;
+    const WorkItem& item = shared.state->queue.item;
+    const auto source = [&](const RowTensor& t) -> TileSource<T> {
+        return {
+            row_pointer<T>(t, item.key_token, item.kv_head), t.token_stride, item.num_keys, p.geometry.head_dim / 8};
+    };
+    load_tile_async<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads, typename Traits::PermutedKeys>(
+        shared.k, source(p.k));
     load_tile_async<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads, typename Traits::KeyTile>(
-        shared.v, {row_pointer<T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys, num_chunks});
+        shared.v, source(p.v));
+    load_cell_edges(shared.state->cell_edges, p.plan, item);
     if (threadIdx.x < Traits::kTileK) shared.poison[threadIdx.x] = 0.f;
-    __syncthreads();
+}
+
+// Interleaves K, which has arrived. A barrier stands between load_kv_block and this.
+template <typename Traits>
+__device__ __forceinline__ void finish_kv_block(const SharedTiles<Traits>& shared, const BackwardMainParams& p) {
+    using T = typename Traits::T;
+    __syncwarp();
     const TileMagnitude keys =
-        load_tile_interleaved<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads, typename Traits::PermutedKeys>(
-            shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks},
-            [&](int row) { shared.poison[row] = NAN; });
+        interleave_tile<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads, typename Traits::PermutedKeys>(
+            shared.k, [&](int row) { shared.poison[row] = NAN; });
     const int nonfinite = __syncthreads_or(keys.nonfinite);
     if (threadIdx.x == 0) {  // seen behind the barrier before the first tile
         shared.state->nonfinite_keys = nonfinite;
-        shared.state->partial = static_cast<unsigned char*>(p.dq_partial) +
-                                first_partial_row(p.geometry, item.head) * p.geometry.head_dim * sizeof(T);
+        shared.state->partial =
+            static_cast<unsigned char*>(p.dq_partial) +
+            first_partial_row(p.geometry, shared.state->queue.item.head) * p.geometry.head_dim * sizeof(T);
     }
 }
 
@@ -250,11 +262,12 @@ __device__ __forceinline__ void store_query_gradient(
 
 template <typename Traits>
 __device__ __forceinline__ void store_key_gradients(
-    const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const WorkItem& item) {
+    const KeyGradient<Traits>& dk, const KeyGradient<Traits>& dv, const BackwardMainParams& p, const ItemState& state) {
     using T = typename Traits::T;
     const auto [key, quad_lane] = own_lane<Traits>();
     const int column = quad_lane * 2;
-    const GradientTarget target = gradient_target(p.plan, item);
+    const WorkItem& item = state.queue.item;
+    const GradientTarget target = gradient_target(state.cell_edges, p.plan, item);
     store_key_gradient<T>(dk, 0, key, column, p, item, target);
     store_key_gradient<T>(dv, 1, key, column, p, item, target);
 }
@@ -264,10 +277,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     backward_main_sm90(const __grid_constant__ BackwardMainParams p) {
     const SharedTiles<Traits> shared =
         carve_shared_memory<Traits>(static_cast<unsigned char*>(dynamic_shared_memory()));
-    const WorkItem& item = shared.state->item;
+    const WorkItem& item = shared.state->queue.item;
 
-    int claimed = claim_work_item(p.plan);
-    while (fetch_work_item(&shared.state->item, p.geometry, p.plan, Traits::kTileK, claimed)) {
+    request_work_item(shared.state->queue, p.geometry, p.plan, claim_work_item(p.plan));
+    while (fetch_work_item(shared.state->queue, p.geometry, p.plan, Traits::kTileK)) {
         // A tile is described three tiles before its turn, finished two, and gathered one.
         auto edge_of = [&](int tile) {
             return load_edge(p.geometry, p.plan, item, tile * Traits::kTileQ + own_thread<Traits>() % Traits::kTileQ);
@@ -277,12 +290,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         };
         const int first_edges[3] = {edge_of(0), edge_of(1), edge_of(2)};
         int next_edge = edge_of(3);
+        load_kv_block(shared, p);
+        cp_async_commit();
 #pragma unroll
         for (int tile = 0; tile < 3; ++tile) describe(tile, first_edges[tile]);
         __syncthreads();  // these rows are there, but for lse and delta
         gather_queries(shared, p, 0);
-        load_kv_block(shared, p);
         cp_async_commit();
+        cp_async_wait<1>();
+        finish_kv_block(shared, p);
         cp_async_wait<0>();
         __syncthreads();  // lse, delta, K
         finish_rows(shared.rows_of(0));
@@ -301,7 +317,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             Scores<Traits> s, dp;
             issue_scores<Traits>(s, keys, shared.q(tile));
             issue_dprobs<Traits>(dp, shared.v, shared.dout(tile));
-            if (tile + 1 < num_tiles) gather_queries(shared, p, tile + 1);
+            if (tile + 1 < num_tiles) {
+                gather_queries(shared, p, tile + 1);
+            } else {
+                request_work_item(shared.state->queue, p.geometry, p.plan, claim_work_item(p.plan));
+            }
             if (tile + 3 < num_tiles) describe(tile + 3, next_edge);
             cp_async_commit();
             next_edge = edge_of(tile + 4);
@@ -327,7 +347,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             wgmma_wait<0>();
             store_query_gradient<Traits>(dq, target, p.softmax_scale);
         }
-        store_key_gradients<Traits>(dk, dv, p, item);
+        store_key_gradients<Traits>(dk, dv, p, *shared.state);
     }
 }
 

@@ -44,7 +44,8 @@ struct QueryTileRows {
 
 // What a CTA knows of its current work item. It lies in shared memory: the accumulators leave no registers for it.
 struct ItemState {
-    WorkItem item;
+    WorkItemQueue queue;
+    int cell_edges[2];       // where the cell's edges begin and end
     int nonfinite_keys;      // K holds inf or NaN
     unsigned char* partial;  // dq_partial from the item's KV head on
 };

@@ -2,6 +2,7 @@
 // attend to it.
 #pragma once
 
+#include "device/ptx.cuh"
 #include "device/sequence.cuh"
 #include "params.h"
 
@@ -22,53 +23,72 @@ struct WorkItem {
     int visible_end;
 };
 
-// num_keys <= 0 when there is nothing to do: the entry is unused, or the sub-block lies behind the end of its sequence.
-__device__ __forceinline__ void load_work_item(
-    WorkItem& item, const Geometry& g, const PlanView& plan, int tile_k, int index) {
-    const int entry_index = g.subs == 1 ? index : index / g.subs;
-    const int4 entry = __ldg(plan.work_items + entry_index);
-    item = {};
-    if (entry.x < 0) return;
+// num_keys <= 0 when there is nothing to do: the sub-block lies behind the end of its sequence.
+__device__ __forceinline__ WorkItem make_work_item(const Geometry& g, const int4& entry, int sub, int tile_k) {
+    const SequenceBounds bounds = sequence_bounds(g.sequences, entry.w);
+    const VisibleKeys visible = visible_keys(bounds, g.causal);
+    WorkItem item;
     item.cell = entry.x;
     item.head = entry.x / g.num_blocks;
     item.kv_head = g.head_begin + item.head;
-    item.sub = index - entry_index * g.subs;
+    item.sub = sub;
     item.edge_begin = entry.y;
     item.num_edges = entry.z - entry.y;
     item.num_rows = item.num_edges * g.group_size;
-    const SequenceBounds bounds = sequence_bounds(g.sequences, entry.w);
     const int block_id = entry.x - item.head * g.num_blocks - first_block(g.sequences, entry.w, g.block_size);
-    item.first_key = block_id * g.block_size + item.sub * tile_k;
+    item.first_key = block_id * g.block_size + sub * tile_k;
     item.num_keys = min(bounds.num_keys - item.first_key, tile_k);
     item.key_token = bounds.key_begin + item.first_key;
-    const VisibleKeys visible = visible_keys(bounds, g.causal);
     item.visible_offset = visible.offset - item.first_key;
     item.visible_end = visible.end - item.first_key;
+    return item;
 }
 
-// Takes the next number of the loop over work items and sub-blocks: CTAs take them as they get done, for items differ
-// in length. Thread 0's alone means anything.
+// The work items of a CTA, in shared memory: the inner loops need their registers for other things. CTAs take items and
+// their sub-blocks from a counter as they get done, for items differ in length.
+struct WorkItemQueue {
+    int4 next_entry;  // of the list, on its way
+    int next_sub;
+    WorkItem item;
+};
+
+// The next number of the loop over work items and sub-blocks. Thread 0's alone means anything.
 __device__ __forceinline__ int claim_work_item(const PlanView& plan) {
     return threadIdx.x == 0 ? atomicAdd(plan.next_item, 1) : 0;
 }
 
-// The work item that was claimed, or the next one that holds something to do, put into shared memory for the whole CTA
-// (the inner loops need their registers for other things); claims the one after it, long before it is asked for. False
-// at the end of the list. All threads take part, and all are done with the item before when the first of them returns.
+// Asks for the entry of the number that was claimed. Once an item, which is long enough for the answers to both. Where items
+// are few, with its last tile: one that is claimed earlier waits while other SMs are idle.
+__device__ __forceinline__ void request_work_item(
+    WorkItemQueue& queue, const Geometry& g, const PlanView& plan, int claimed) {
+    if (threadIdx.x > 0) return;
+    const int entry = g.subs == 1 ? claimed : claimed / g.subs;
+    queue.next_sub = claimed - entry * g.subs;
+    if (entry < plan.max_items) {
+        cp_async_16(shared_address(&queue.next_entry), plan.work_items + entry, true);
+        cp_async_commit();
+    } else {
+        queue.next_entry.x = -1;
+    }
+}
+
+// The item that was requested, or the next one that holds something to do. False at the end of the list. All threads take
+// part, and all are done with the item before when the first of them returns. Waits for all copies of thread 0.
 __device__ __forceinline__ bool fetch_work_item(
-    WorkItem* shared, const Geometry& g, const PlanView& plan, int tile_k, int& claimed) {
-    const int end = plan.max_items * g.subs;
+    WorkItemQueue& queue, const Geometry& g, const PlanView& plan, int tile_k) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        WorkItem item = {};
-        while (item.num_keys <= 0 && claimed < end) {
-            load_work_item(item, g, plan, tile_k, claimed);
-            claimed = claim_work_item(plan);
+        cp_async_wait<0>();
+        queue.item.num_keys = 0;
+        while (queue.next_entry.x >= 0) {
+            queue.item = make_work_item(g, queue.next_entry, queue.next_sub, tile_k);
+            if (queue.item.num_keys > 0) break;
+            request_work_item(queue, g, plan, claim_work_item(plan));
+            cp_async_wait<0>();
         }
-        *shared = item;
     }
     __syncthreads();
-    return shared->num_keys > 0;
+    return queue.item.num_keys > 0;
 }
 
 // Row of [num_heads, num_queries, topk, subs, group_size] where the partials of the item's KV head begin.

@@ -99,7 +99,7 @@ __device__ __forceinline__ void compute_pv_and_store(
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared, const ForwardMainParams& p) {
     using T = typename Traits::T;
-    const WorkItem& item = shared.state->item;
+    const WorkItem& item = shared.state->queue.item;
     const int num_chunks = p.geometry.head_dim / 8;
     load_tile_async<T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads>(
         shared.k, {row_pointer<T>(p.k, item.key_token, item.kv_head), p.k.token_stride, item.num_keys, num_chunks});
@@ -122,11 +122,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const Geometry& g = p.geometry;
     const int warp = threadIdx.x / 32, tile_lane = threadIdx.x % Traits::kTileQ;
 
-    const WorkItem& item = shared.state->item;
+    const WorkItem& item = shared.state->queue.item;
 
-    int claimed = claim_work_item(p.plan);
-    while (fetch_work_item(&shared.state->item, g, p.plan, Traits::kTileK, claimed)) {
+    request_work_item(shared.state->queue, g, p.plan, claim_work_item(p.plan));
+    while (fetch_work_item(shared.state->queue, g, p.plan, Traits::kTileK)) {
+        const int claimed = claim_work_item(p.plan);
         load_kv_block(shared, p);
+        request_work_item(shared.state->queue, g, p.plan, claimed);
 
         // A lane keeps the description of one row of its warp's tile; edges are fetched two tiles ahead, query rows
         // one.

@@ -16,23 +16,27 @@
 namespace fsa {
 namespace forward_main {
 
-// K and V of the sub-block, and what their values ask of the output. All threads of the CTA take part.
+// K and V of the sub-block, asynchronously; the caller commits. All threads of the CTA take part.
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(
-    uint32_t k_tile, uint32_t v_tile, ItemState<Traits>& state, const ForwardMainParams& p) {
+    uint32_t k_tile, uint32_t v_tile, const WorkItem& item, const ForwardMainParams& p) {
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     constexpr int kTileK = Traits::kTileK, kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
-    const WorkItem& item = state.item;
     const auto source = [&](const RowTensor& t) -> TileSource<T> {
         return {
             row_pointer<T>(t, item.key_token, item.kv_head), t.token_stride, item.num_keys, p.geometry.head_dim / 8};
     };
     load_tile_async<T, kTileK, kHeadDim, kThreads, Tile>(k_tile, source(p.k));
     load_tile_async<T, kTileK, kHeadDim, kThreads, Tile>(v_tile, source(p.v));
-    cp_async_commit();
+}
+
+// What their values ask of the output; waits for all copies of the CTA.
+template <typename Traits>
+__device__ __forceinline__ void finish_kv_block(uint32_t v_tile, ItemState<Traits>& state, const ForwardMainParams& p) {
     cp_async_wait<0>();
-    const TileMagnitude values = zero_nonfinite_in_tile<T, kTileK, kHeadDim, kThreads, Tile>(v_tile);
+    const TileMagnitude values = zero_nonfinite_in_tile<
+        typename Traits::T, Traits::kTileK, Traits::kHeadDim, Traits::kThreads, typename Traits::Tile>(v_tile);
     fence_async_proxy();
     publish_value_scale<Traits>(state, values, p);
 }
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const uint32_t k_tile = shared_address(memory), v_tile = k_tile + Traits::Tile::kBytes;
     auto& state = *reinterpret_cast<ItemState<Traits>*>(memory + Traits::kSharedBytes - Traits::kStateBytes);
     const Geometry& g = p.geometry;
-    const WorkItem& item = state.item;
+    const WorkItem& item = state.queue.item;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_of_warpgroup = warp / 4 * Traits::kTileQ;
     const int tile_row = warp * 16 + lane % 16;  // whose description this lane keeps
@@ -69,8 +73,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const uint32_t stages = v_tile + Traits::Tile::kBytes + warp * Traits::kStages * Stage::kBytes;
     uint32_t stage = 0;  // offset: of this tile; the other one is the next tile's
 
-    int claimed = claim_work_item(p.plan);
-    while (fetch_work_item(&state.item, g, p.plan, Traits::kTileK, claimed)) {
+    request_work_item(state.queue, g, p.plan, claim_work_item(p.plan));
+    while (fetch_work_item(state.queue, g, p.plan, Traits::kTileK)) {
         // Edges are fetched two tiles ahead, query rows one.
         auto edge_of = [&](int first_row) { return load_edge(g, p.plan, item, first_row + tile_row); };
         auto row_of = [&](int first_row, int edge) { return make_query_row(g, item, first_row + tile_row, edge); };
@@ -79,10 +83,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             gather_queries<typename Traits::T, kHeadDim>(stages + to, g, p.q, item.kv_head, row);
             cp_async_commit();
         };
-        QueryRow row = row_of(0, edge_of(0));
-        gather(stage, row);
+        const int claimed = claim_work_item(p.plan), first_edge = edge_of(0);
         int next_edge = edge_of(kStep);
-        load_kv_block<Traits>(k_tile, v_tile, state, p);
+        load_kv_block<Traits>(k_tile, v_tile, item, p);
+        QueryRow row = row_of(0, first_edge);
+        gather(stage, row);
+        finish_kv_block<Traits>(v_tile, state, p);
+        request_work_item(state.queue, g, p.plan, claimed);
 
         for (int first_row = 0; first_row + first_of_warpgroup < item.num_rows; first_row += kStep) {
             Scores<Traits> s;

@@ -16,7 +16,7 @@ namespace forward_main {
 // What a CTA knows of its current work item. It lies in shared memory: the inner loop has better uses for registers.
 template <typename Traits>
 struct ItemState {
-    WorkItem item;
+    WorkItemQueue queue;
     int64_t first_partial_row;  // first_partial_row(item.head)
     uint32_t warp_max[Traits::kWarps];
     float output_scale;    // 2^-value_exponent
@@ -168,8 +168,9 @@ __device__ __forceinline__ void publish_value_scale(
         uint32_t largest = 0;
         for (const uint32_t x : state.warp_max) largest = max(largest, x);
         const int exponent = value_exponent<typename Traits::T>(largest);
-        state.first_partial_row = first_partial_row(p.geometry, state.item.head);
-        p.value_exponent[static_cast<int64_t>(state.item.cell) * p.geometry.subs + state.item.sub] = exponent;
+        const WorkItem& item = state.queue.item;
+        state.first_partial_row = first_partial_row(p.geometry, item.head);
+        p.value_exponent[static_cast<int64_t>(item.cell) * p.geometry.subs + item.sub] = exponent;
         state.output_scale = __int_as_float((127 - exponent) << 23);
         state.nonfinite_values = nonfinite;
     }

@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Blocks that a CTA counts in shared memory: in plan_fill 8 warps x 2048 x 4 bytes = 64 KB of it. Longer sequences (131,072
-// tokens in blocks of 64) are counted window by window.
+// Blocks that a CTA counts in shared memory: in plan_fill 8 warps x 2048 x 4 bytes = 64 KB of it, of 96 in all. Longer
+// sequences (131,072 tokens in blocks of 64) are counted window by window.
 constexpr int kWindow = 2048;
 static_assert(kWindow % kPlanGroup == 0, "the cells before a window are whole groups");
 constexpr int kTileQueries = 1024;  // queries whose visible blocks lie in shared memory: 8 KB
@@ -122,6 +122,14 @@ __device__ __forceinline__ void for_each_tile(const PlanParams& p, const Share& 
     }
 }
 
+__device__ __forceinline__ EdgesAndItems operator+(const EdgesAndItems& a, const EdgesAndItems& b) {
+    return {a.edges + b.edges, a.items + b.items};
+}
+
+__device__ __forceinline__ EdgesAndItems of_cell(int edges, const PlanParams& p) {
+    return {edges, (edges + p.edges_per_item - 1) / p.edges_per_item};
+}
+
 __global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ PlanParams p) {
     __shared__ int counts[kWindow];
     __shared__ QueryBlocks tile_blocks[kTileQueries];
@@ -180,94 +188,89 @@ __global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_const
 
     if (warp == kPrefixWarps - 1) {
         if (exists) p.cell_edges[static_cast<int64_t>(head_and_range) * g.num_blocks + block] = before;
-        int of_group = before;
+        EdgesAndItems of_group = of_cell(before, p);
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) of_group += __shfl_xor_sync(~0u, of_group, step);
-        if (lane == 0) p.group_edges[static_cast<int64_t>(head_and_range) * gridDim.x + group] = of_group;
+        for (int step = 16; step > 0; step /= 2) {
+            of_group.edges += __shfl_xor_sync(~0u, of_group.edges, step);
+            of_group.items += __shfl_xor_sync(~0u, of_group.items, step);
+        }
+        if (lane == 0) p.group_sums[static_cast<int64_t>(head_and_range) * gridDim.x + group] = of_group;
     }
 }
 
 struct PrefixSum {
-    int before, total;
+    EdgesAndItems before, total;
 };
 
 // Over the threads of a CTA, all of which take part. sums: [kWarps], shared
-__device__ __forceinline__ PrefixSum cta_prefix_sum(int value, int* sums) {
+__device__ __forceinline__ PrefixSum cta_prefix_sum(const EdgesAndItems& value, EdgesAndItems* sums) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int inclusive = value;
+    EdgesAndItems inclusive = value;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const int left = __shfl_up_sync(~0u, inclusive, step);
-        if (lane >= step) inclusive += left;
+        const EdgesAndItems left = {
+            __shfl_up_sync(~0u, inclusive.edges, step), __shfl_up_sync(~0u, inclusive.items, step)};
+        if (lane >= step) inclusive = inclusive + left;
     }
     __syncthreads();  // of an earlier call all have read
     if (lane == 31) sums[warp] = inclusive;
     __syncthreads();
-    PrefixSum result = {inclusive - value, 0};
+    PrefixSum result = {{inclusive.edges - value.edges, inclusive.items - value.items}, {0, 0}};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) result.before += sums[w];
-        result.total += sums[w];
+        if (w < warp) result.before = result.before + sums[w];
+        result.total = result.total + sums[w];
     }
     return result;
 }
 
-// csr_offsets of a window's cells, [window + 1], in shared memory.
-__device__ __forceinline__ void load_offsets(int* offsets, int* sums, const PlanParams& p, const Share& share) {
+// What stands before each of a window's cells, [window + 1], in shared memory.
+__device__ __forceinline__ void load_offsets(
+    EdgesAndItems* offsets, EdgesAndItems* sums, const PlanParams& p, const Share& share) {
     const int groups_a_range = (p.geometry.num_blocks + kPlanGroup - 1) / kPlanGroup;
     const int first_group = blockIdx.y * groups_a_range + share.window_begin / kPlanGroup;
-    int earlier = 0;
-    for (int i = threadIdx.x; i < first_group; i += kThreads) earlier += p.group_edges[i];
-    const int before_window = cta_prefix_sum(earlier, sums).total;
+    EdgesAndItems earlier = {0, 0};
+    for (int i = threadIdx.x; i < first_group; i += kThreads) earlier = earlier + p.group_sums[i];
+    const EdgesAndItems before_window = cta_prefix_sum(earlier, sums).total;
 
     const Run own = split({0, share.window}, kThreads, threadIdx.x);
-    int sum = 0;
-    for (int i = own.begin; i < own.end; ++i) sum += p.cell_edges[share.first_cell + i];
+    EdgesAndItems sum = {0, 0};
+    for (int i = own.begin; i < own.end; ++i) sum = sum + of_cell(p.cell_edges[share.first_cell + i], p);
     const PrefixSum cells = cta_prefix_sum(sum, sums);
-    int next = before_window + cells.before;
+    EdgesAndItems next = before_window + cells.before;
     for (int i = own.begin; i < own.end; ++i) {
         offsets[i] = next;
-        next += p.cell_edges[share.first_cell + i];
+        next = next + of_cell(p.cell_edges[share.first_cell + i], p);
     }
     if (threadIdx.x == 0) offsets[share.window] = before_window + cells.total;
     __syncthreads();
 }
 
-// Work item i of cell c is entry csr_offsets[c] / edges_per_item + c + i of the list. A cell of n edges has
-// ceil(n / edges_per_item) items and the entries up to the next cell's first are at least as many, so entries need no
-// prefix sum; those left over are marked unused. The CTAs of a window share its cells, and the warps of a CTA: a block
-// that everyone selects has thousands of items.
-__device__ __forceinline__ void store_work_items(const int* offsets, const PlanParams& p, const Share& share) {
+// The CTAs of a window share its cells, and the warps of a CTA: a block that everyone selects has thousands of items.
+__device__ __forceinline__ void store_work_items(
+    const EdgesAndItems* offsets, const PlanParams& p, const Share& share) {
     const Geometry& g = p.geometry;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int4 unused = make_int4(-1, 0, 0, 0);
     const Run own = split({0, share.window}, p.parts, blockIdx.x);
     for (int i = own.begin + warp; i < own.end; i += kWarps) {
-        const int cell = share.first_cell + i, block = share.window_begin + i;
-        const int begin = offsets[i], end = offsets[i + 1];
+        const int block = share.window_begin + i;
+        const EdgesAndItems first = offsets[i], end = offsets[i + 1];
         const int sequence = sequence_of_block(g.sequences, block, g.block_size);
-        const int first_entry = begin / p.edges_per_item + cell,
-                  num_entries = end / p.edges_per_item + cell + 1 - first_entry;
-        for (int k = lane; k < num_entries; k += 32) {
-            const int edge = begin + k * p.edges_per_item;
-            p.work_items[first_entry + k] =
-                edge < end
-                    ? make_int4(share.head * g.num_blocks + block, edge, min(edge + p.edges_per_item, end), sequence)
-                    : unused;
+        for (int item = first.items + lane; item < end.items; item += 32) {
+            const int edge = first.edges + (item - first.items) * p.edges_per_item;
+            p.work_items[item] =
+                make_int4(share.head * g.num_blocks + block, edge, min(edge + p.edges_per_item, end.edges), sequence);
         }
-        if (lane == 0) p.csr_offsets[cell] = begin;
+        if (lane == 0) p.csr_offsets[share.first_cell + i] = first.edges;
     }
 
     const bool last_window = blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1;
     if (!last_window) return;
-    const int num_cells = share.first_cell + share.window, num_edges = offsets[share.window];
     const int thread = blockIdx.x * kThreads + threadIdx.x;
-    for (int entry = num_edges / p.edges_per_item + num_cells + thread; entry < p.max_items;
-         entry += gridDim.x * kThreads) {
-        p.work_items[entry] = unused;
-    }
+    for (int item = offsets[share.window].items + thread; item < p.max_items; item += gridDim.x * kThreads)
+        p.work_items[item] = make_int4(-1, 0, 0, 0);
     if (thread == 0) {
-        p.csr_offsets[num_cells] = num_edges;
+        p.csr_offsets[share.first_cell + share.window] = offsets[share.window].edges;
         *p.next_item = 0;
     }
 }
@@ -275,23 +278,24 @@ __device__ __forceinline__ void store_work_items(const int* offsets, const PlanP
 // Shared memory of plan_fill, all of it dynamic: CUDA's limit for kernels that ask for nothing counts both kinds.
 struct FillMemory {
     QueryBlocks* tile_blocks;  // [kTileQueries]
-    int* sums;                 // [kWarps]
-    int* offsets;              // [window + 1]: csr_offsets
+    EdgesAndItems* sums;       // [kWarps]
+    EdgesAndItems* offsets;    // [window + 1]
     int* cta_next;             // [window]: where the next tile's first edge of a block goes
     int* warp_next;            // [kWarps][window]: the same of a warp inside a tile
 };
 
 constexpr int fill_memory_bytes(int window) {
     return kTileQueries * static_cast<int>(sizeof(QueryBlocks)) +
-           (kWarps + window + 1 + window + kWarps * window) * static_cast<int>(sizeof(int));
+           (kWarps + window + 1) * static_cast<int>(sizeof(EdgesAndItems)) +
+           (window + kWarps * window) * static_cast<int>(sizeof(int));
 }
 
 __device__ __forceinline__ FillMemory carve_fill_memory(void* shared, int window) {
     FillMemory m;
     m.tile_blocks = static_cast<QueryBlocks*>(shared);
-    m.sums = reinterpret_cast<int*>(m.tile_blocks + kTileQueries);
+    m.sums = reinterpret_cast<EdgesAndItems*>(m.tile_blocks + kTileQueries);
     m.offsets = m.sums + kWarps;
-    m.cta_next = m.offsets + window + 1;
+    m.cta_next = reinterpret_cast<int*>(m.offsets + window + 1);
     m.warp_next = m.cta_next + window;
     return m;
 }
@@ -320,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
     load_offsets(shared.offsets, shared.sums, p, share);
     store_work_items(shared.offsets, p, share);
     for (int i = threadIdx.x; i < window; i += kThreads) {
-        shared.cta_next[i] = shared.offsets[i] + p.counts[share.counts + i];
+        shared.cta_next[i] = shared.offsets[i].edges + p.counts[share.counts + i];
     }
 
     for_each_tile(p, share, shared.tile_blocks, [&](const Tile& tile, const Run& edges) {
