@@ -86,7 +86,7 @@ constexpr int32_t kSharedSlot = -2;
 
 struct SharedBlocks {
     // [num_heads, num_tiles, max_blocks]: block, among those of all sequences; its sequence; queries 0 .. 31 of the tile
-    // that share it, a bit each; queries 32 .. 63
+    // that share it, a bit each; queries 32 .. 63. Zero where not in use.
     int4* blocks;
     int32_t* counts;  // [num_heads, num_tiles]: how many blocks are in use
     int32_t* slots;   // [num_heads, num_queries]: the slot whose partial is theirs, -1 where a query shares no block

@@ -199,6 +199,9 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
         });
         num_entries += owned_by_all;
     }
+    // Shared looks at entries before it knows how many there are.
+    for (int i = num_entries + static_cast<int>(threadIdx.x); i < out.max_blocks; i += kThreads)
+        entries[i] = make_int4(0, 0, 0, 0);
     if (threadIdx.x == 0) out.counts[head_and_tile] = num_entries;
     if (threadIdx.x == 0 && tile == 0 && head == 0) *out.next = 0;
     if (query < g.num_queries) out.slots[static_cast<int64_t>(head) * g.num_queries + query] = shared_slot;
