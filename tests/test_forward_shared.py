@@ -90,7 +90,7 @@ def assert_split(actual: tuple[Tensor, dict[str, Tensor]], wanted: Split) -> Non
         rows = buffers["shared_blocks"][head, tile].tolist()
         assert count == len(blocks)
         assert {(block, b, low % 2**32 + high % 2**32 * 2**32) for block, b, low, high in rows[:count]} == blocks
-        assert all(row == [POISON] * 4 for row in rows[count:])
+        assert all(row == [0] * 4 for row in rows[count:])
 
 
 @pytest.mark.parametrize("min_queries", [1, 8, SHARED_MIN_QUERIES, QUERY_TILE])
