@@ -35,19 +35,21 @@ def _pyplot() -> Any:
 
 
 def plot_branches(result: dict[str, Any], path: Path) -> bool:
-    """Draws a panel a pass: for every shape the branches stacked up to the total, dense attention beside them.
+    """Draws a panel a pass: for every shape the branches stacked, the total and that of dense attention as numbers.
+
+    Branches timed alone may add up to more than the total: each of them waits for the host, too.
 
     Returns:
         Whether there was something to draw, into a PNG.
     """
     rows = [row for row in result["rows"] if row["ms"] is not None]
     branches = [row for row in rows if row["stage"] in BRANCHES]
+    totals = {(module_shape_of(row), row["backend"], row["pass"]): row["ms"] for row in rows if row["stage"] == "total"}
     if not branches:
         return False
     passes = list(dict.fromkeys(row["pass"] for row in branches))
     bars = list(dict.fromkeys((module_shape_of(row), row["backend"]) for row in branches))
     bars.sort(key=lambda bar: (bar[0].group_size, bar[0].tokens))
-    dense = {(module_shape_of(row), row["pass"]): row["ms"] for row in rows if row["backend"] == "dense"}
     ms = {(module_shape_of(row), row["backend"], row["pass"], row["stage"]): row["ms"] for row in branches}
 
     pyplot = _pyplot()
@@ -61,10 +63,10 @@ def plot_branches(result: dict[str, Any], path: Path) -> bool:
             axis.barh(range(len(bars)), widths, 0.6, left=left, color=_COLOURS[branch], label=branch.replace("_", " "))
             left = [begin + width for begin, width in zip(left, widths, strict=True)]
         longest = max(left)
-        for place, (total, (shape, _)) in enumerate(zip(left, bars, strict=True)):
-            beside = dense.get((shape, name))
-            text = f"{total:.3g}" + (f"  (dense {beside:.3g})" if beside else "")
-            axis.text(total + 0.01 * longest, place, text, va="center", fontsize=8)
+        for place, (end, (shape, backend)) in enumerate(zip(left, bars, strict=True)):
+            total, beside = (totals.get((shape, who, name)) for who in (backend, "dense"))
+            text = (f"{total:.3g}" if total else "") + (f"  (dense {beside:.3g})" if beside else "")
+            axis.text(end + 0.01 * longest, place, text, va="center", fontsize=8)
         axis.set(title=name, xlabel="ms", xlim=(0, 1.3 * longest))
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)

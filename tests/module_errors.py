@@ -39,8 +39,8 @@ def _scaled(**scaling: Any) -> Callable[[], Any]:
     return _make(rope_config=RopeConfig(head_dim=16, rope_scaling=scaling))
 
 
-def _run(x: Tensor) -> Callable[[], Any]:
-    return lambda: _make()()(x, torch.tensor([0, 100], dtype=torch.int32))
+def _run(x: Any, dtype: torch.dtype = torch.int32) -> Callable[[], Any]:
+    return lambda: _make()()(x, torch.tensor([0, 100], dtype=dtype))
 
 
 MODULE = [
@@ -133,6 +133,18 @@ MODULE = [
         _run(torch.zeros(100, 32, dtype=torch.float16)),
         ValueError,
         "x must be float32 like the module's parameters, got float16; cast one of them or use torch.autocast",
+    ),
+    Bad(
+        "`module(None, cu_seqlens)`",
+        _run(None),
+        TypeError,
+        "x must be a torch.Tensor, got NoneType; convert it to a tensor",
+    ),
+    Bad(
+        "floating-point cu_seqlens in the module",
+        _run(torch.zeros(100, 32), torch.float32),
+        ValueError,
+        "cu_seqlens must be integers, got float32 [2]; cast it with .int()",
     ),
 ]
 

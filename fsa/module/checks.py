@@ -32,6 +32,7 @@ BACKENDS = ("auto", "triton", "reference")
 MODULE_BACKENDS = ("auto", "cuda", "triton", "reference")
 COMPRESSIONS = ("linear", "mean")
 GATES = ("token", "head")
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 CU_SEQLENS = ("cu_seqlens", "compressed_cu_seqlens")
 
 
@@ -229,8 +230,11 @@ def check_module(
         )
 
 
-def check_input(x: Tensor, hidden_size: int, weight: Tensor) -> None:
+def check_input(x: Tensor, cu_seqlens: Tensor, hidden_size: int, weight: Tensor) -> None:
     """What the module is called with."""
+    check_tensors(x=x, cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype not in INTEGERS:
+        raise ValueError(f"cu_seqlens must be integers, got {described(cu_seqlens)}; cast it with .int()")
     if x.dim() != 2 or x.shape[1] != hidden_size:
         raise ValueError(
             f"x must be [total, hidden_size] = [total, {hidden_size}], got {list(x.shape)}; "

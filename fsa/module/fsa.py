@@ -139,8 +139,7 @@ class FlashSparseAttention(nn.Module):
         Returns:
             [total, hidden_size], dtype of x, or autocast's.
         """
-        checks.check_input(x, self.hidden_size, self.proj_q.weight)
-        checks.check_tensors(cu_seqlens=cu_seqlens)
+        checks.check_input(x, cu_seqlens, self.hidden_size, self.proj_q.weight)
         q = self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = self.proj_k(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.proj_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
