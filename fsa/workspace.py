@@ -167,10 +167,14 @@ def edges_per_item(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, 
     In the backward, pieces of dK and dV are kept to a quarter of the limit by making the items longer.
     """
     if which == "forward":
-        return forward_edges_per_item(sizes.group_size, forward_tile_k(sizes.head_dim, sizes.block_size))
+        return _forward_edges_per_item(sizes)
     piece_bytes = 2 * 4 * sizes.block_size * sizes.head_dim
     num_edges = num_heads * num_queries * sizes.topk
     return backward_edges_per_item(num_edges, num_heads, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
+
+
+def _forward_edges_per_item(sizes: Sizes) -> int:
+    return forward_edges_per_item(sizes.group_size, forward_tile_k(sizes.head_dim, sizes.block_size))
 
 
 def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
@@ -182,7 +186,7 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
         sizes.group_size * sizes.head_dim * sizes.dtype.itemsize,
         sizes.topk,
         sizes.num_blocks,
-        edges_per_item(sizes, "forward", sizes.num_kv_heads, num_queries, limit=0),
+        _forward_edges_per_item(sizes),
     )
 
 
@@ -299,12 +303,13 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
         if _fits(sizes, which, groups, all_queries, limit, limit - whole):
             return groups, all_queries
 
-    groups = all_heads if which == "backward" else 1
-    while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
-        groups = min(2 * groups, all_heads)
-
-    accumulators = sizes.accumulator_bytes if which == "backward" else 0
-    return groups, _query_step(sizes, which, groups, limit, max(limit - whole - accumulators, limit // 4))
+    if which == "backward":
+        groups, whole = all_heads, whole + sizes.accumulator_bytes
+    else:
+        groups = 1
+        while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
+            groups = min(2 * groups, all_heads)
+    return groups, _query_step(sizes, which, groups, limit, max(limit - whole, limit // 4))
 
 
 def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, budget: int) -> bool:
