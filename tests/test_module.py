@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import doctest
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -392,3 +393,8 @@ def test_published_function() -> None:
     out = fsa.ops.FSA_topk_sparse_attention(q, k, k, topk_idx, 32, cu_seqlens, 0.3)
     wanted = fsa.selected_attention(q, k, k, topk_idx, cu_seqlens, block_size=32, softmax_scale=0.3)
     assert torch.equal(out, wanted)
+
+
+def test_docstring_example() -> None:
+    found = doctest.testmod(module_file)
+    assert found.attempted > 0 and found.failed == 0
