@@ -204,6 +204,22 @@ def test_gated_sum_of_strided_branches(per_head: bool) -> None:
     assert_alike(functools.partial(gated_sum, backend="triton"), weighted, inputs, dout)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gates_of_a_wider_dtype_are_not_rounded(backend: str) -> None:
+    skip_unless_usable(backend)
+    gates, *branches = make_gated(CASES[0], torch.float16, per_head=True)
+    gates = make_gated(CASES[0], torch.float32, per_head=True)[0].requires_grad_()
+    branches = [x.requires_grad_() for x in branches]
+    dout = CASES[0].heads(9, torch.float16)
+    out = gated_sum(gates, *branches, backend=backend)
+    gradients = torch.autograd.grad(out, [gates, *branches], dout)
+    exact = weighted(gates.double(), *(x.double() for x in branches))
+    wanted = torch.autograd.grad(exact, [gates, *branches], dout.double())
+    for found, right in zip((out, *gradients), (exact, *wanted), strict=True):
+        # fp16 rounds once; 2e-6 is what fp32 leaves where the terms of a sum cancel.
+        torch.testing.assert_close(found.double(), right.double(), rtol=2.0**-11, atol=2e-6)
+
+
 @pytest.mark.parametrize("per_head", [False, True], ids=["token", "head"])
 def test_gated_sum_gradcheck(per_head: bool) -> None:
     inputs = [x.requires_grad_() for x in make_gated(Case("small", total=5, head_dim=8), torch.float64, per_head)]

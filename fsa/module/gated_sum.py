@@ -72,15 +72,15 @@ def _backward(family: str, dout: Tensor, gates: Tensor, *branches: Tensor) -> tu
     return triton_gated_sum.backward(as_kernel_input(dout), *(x.contiguous() for x in (gates, *branches)))
 
 
-def _by_branch(gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _by_branch(gates: Tensor) -> tuple[Tensor, ...]:
     """Three of [total, 1 or num_heads, 1]."""
-    return gates.to(dtype).unflatten(-1, (3, -1))[..., None].unbind(1)
+    return gates.unflatten(-1, (3, -1))[..., None].unbind(1)
 
 
 def _reference_forward(gates: Tensor, compressed: Tensor, selected: Tensor, sliding: Tensor) -> Tensor:
-    gate = _by_branch(gates, compressed.dtype)
-    out = torch.addcmul(gate[0] * compressed, gate[1], selected)
-    return torch.addcmul(out, gate[2], sliding).contiguous()
+    gate = _by_branch(gates)  # may be of a wider dtype than the branches: products and sums are, too
+    out = gate[0] * compressed + gate[1] * selected
+    return (out + gate[2] * sliding).to(compressed.dtype).contiguous()
 
 
 def _reference_backward(
@@ -92,7 +92,7 @@ def _reference_backward(
     for branch in (compressed, selected, sliding):
         sums = (dout.to(compute) * branch).sum(-1)  # [total, num_heads]
         dgates.append(sums.sum(-1, keepdim=True) if a_token else sums)
-    dcompressed, dselected, dsliding = ((gate * dout).contiguous() for gate in _by_branch(gates, dout.dtype))
+    dcompressed, dselected, dsliding = ((gate * dout).to(dout.dtype).contiguous() for gate in _by_branch(gates))
     return torch.cat(dgates, -1).to(gates.dtype), dcompressed, dselected, dsliding
 
 
