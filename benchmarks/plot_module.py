@@ -44,9 +44,9 @@ def plot_branches(result: dict[str, Any], path: Path) -> bool:
     """
     rows = [row for row in result["rows"] if row["ms"] is not None]
     branches = [row for row in rows if row["stage"] in BRANCHES]
-    totals = {(module_shape_of(row), row["backend"], row["pass"]): row["ms"] for row in rows if row["stage"] == "total"}
     if not branches:
         return False
+    totals = {(module_shape_of(row), row["backend"], row["pass"]): row["ms"] for row in rows if row["stage"] == "total"}
     passes = list(dict.fromkeys(row["pass"] for row in branches))
     bars = list(dict.fromkeys((module_shape_of(row), row["backend"]) for row in branches))
     bars.sort(key=lambda bar: (bar[0].group_size, bar[0].tokens))

@@ -7,7 +7,6 @@ operator of its own, `<name>_backward`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import backends, checks, pipeline, reference
 from .problem import Arguments, Problem
-from .registration import refuse_second_derivative, register, register_gradient
+from .registration import Definition, register_with_backward
 
 _FORWARD_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -32,8 +31,6 @@ _OP_NAMES = {
     "triton": "_selected_attention_triton",
     "reference": "_selected_attention_reference",
 }
-
-# All operators of the package, those of fsa.module too, are defined in this one.
 
 
 @overload
@@ -267,19 +264,14 @@ def _autocast(op_name: str, device_type: str, *arguments: Any) -> tuple[Tensor, 
     return out, lse
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, backward = functools.partial(_forward, family), functools.partial(_backward, family)
-    register(
-        op_name,
-        _FORWARD_SCHEMA,
-        forward,
-        functools.partial(_forward_fake, family),
-        functools.partial(_autocast, op_name),
-    )
-    register(f"{op_name}_backward", _BACKWARD_SCHEMA, backward, functools.partial(_backward_fake, family))
-    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
-    refuse_second_derivative(f"{op_name}_backward", "selected_attention")
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register_with_backward(
+        _family,
+        _op_name,
+        Definition(_FORWARD_SCHEMA, _forward, _forward_fake),
+        Definition(_BACKWARD_SCHEMA, _backward, _backward_fake),
+        _autograd,
+        _setup_context,
+        what="selected_attention",
+        autocast=_autocast,
+    )

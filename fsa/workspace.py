@@ -295,21 +295,21 @@ def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
 def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
     """The decision of `plan_chunks`: in how many groups the KV heads go, and how many queries a chunk has."""
     all_heads, all_queries = sizes.num_kv_heads, sizes.total_q
-    delta = sizes.delta_bytes if which == "backward" else 0
-    scattered = sizes.scattered_bytes if which == "forward" and sizes.shares_blocks else 0
-    whole = delta + scattered
+    scattered = sizes.scattered_bytes if sizes.shares_blocks else 0
+    beside = sizes.delta_bytes if which == "backward" else scattered
 
     for groups in range(1, all_heads + 1):
-        if _fits(sizes, which, groups, all_queries, limit, limit - whole):
+        if _fits(sizes, which, groups, all_queries, limit, limit - beside):
             return groups, all_queries
 
     if which == "backward":
-        groups, whole = all_heads, whole + sizes.accumulator_bytes
+        groups = all_heads
+        beside += sizes.accumulator_bytes
     else:
         groups = 1
         while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
             groups = min(2 * groups, all_heads)
-    return groups, _query_step(sizes, which, groups, limit, max(limit - whole, limit // 4))
+    return groups, _query_step(sizes, which, groups, limit, max(limit - beside, limit // 4))
 
 
 def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, budget: int) -> bool:

@@ -146,6 +146,12 @@ MODULE = [
         ValueError,
         "cu_seqlens must be integers, got float32 [2]; cast it with .int()",
     ),
+    Bad(
+        "the same in `attend`",
+        lambda: _make()().attend(*[_zeros(100, heads, 16) for heads in (4, 2, 2)], _zeros(100, 3), _zeros(2)),
+        ValueError,
+        "cu_seqlens must be integers, got float32 [2]; cast it with .int()",
+    ),
 ]
 
 

@@ -230,11 +230,16 @@ def check_module(
         )
 
 
-def check_input(x: Tensor, cu_seqlens: Tensor, hidden_size: int, weight: Tensor) -> None:
-    """What the module is called with."""
-    check_tensors(x=x, cu_seqlens=cu_seqlens)
+def check_sequences(cu_seqlens: Tensor) -> None:
+    """cu_seqlens of any integer dtype: the module casts them."""
+    check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype not in INTEGERS:
         raise ValueError(f"cu_seqlens must be integers, got {described(cu_seqlens)}; cast it with .int()")
+
+
+def check_input(x: Tensor, hidden_size: int, weight: Tensor) -> None:
+    """What the module is called with, but for cu_seqlens."""
+    check_tensors(x=x)
     if x.dim() != 2 or x.shape[1] != hidden_size:
         raise ValueError(
             f"x must be [total, hidden_size] = [total, {hidden_size}], got {list(x.shape)}; "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_backward_arguments, lse_dtype_of
 from ..pipeline import as_kernel_input
-from ..registration import refuse_second_derivative, register, register_gradient
+from ..registration import Definition, register_with_backward
 from . import checks
 from .packed import packed_rows
 
@@ -322,19 +322,14 @@ def _autocast(op_name: str, device_type: str, *values: Any) -> tuple[Tensor, Ten
     return out, lse
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, backward = functools.partial(_forward, family), functools.partial(_backward, family)
-    register(
-        op_name,
-        _FORWARD_SCHEMA,
-        forward,
-        functools.partial(_forward_fake, family),
-        functools.partial(_autocast, op_name),
-    )
-    register(f"{op_name}_backward", _BACKWARD_SCHEMA, backward, functools.partial(_backward_fake, family))
-    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
-    refuse_second_derivative(f"{op_name}_backward", "compressed_attention")
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register_with_backward(
+        _family,
+        _op_name,
+        Definition(_FORWARD_SCHEMA, _forward, _forward_fake),
+        Definition(_BACKWARD_SCHEMA, _backward, _backward_fake),
+        _autograd,
+        _setup_context,
+        what="compressed_attention",
+        autocast=_autocast,
+    )

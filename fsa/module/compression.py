@@ -9,7 +9,6 @@ kernel_size / kernel_stride chunks in a row, and what each chunk contributes to 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_cu_seqlens
-from ..registration import register
+from ..registration import Definition, register
 from . import checks
 from .packed import packed_rows, prefix_sums
 
@@ -189,10 +188,5 @@ def _fake(family: str, cu_seqlens: Tensor, total: int, kernel_size: int, kernel_
     return torch.empty_like(cu_seqlens), *rows, cu_seqlens.new_empty((total,), dtype=torch.bool)
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
-    register(op_name, _SCHEMA, forward, fake)
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register(_family, _op_name, Definition(_SCHEMA, _forward, _fake))

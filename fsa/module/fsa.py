@@ -139,7 +139,8 @@ class FlashSparseAttention(nn.Module):
         Returns:
             [total, hidden_size], dtype of x, or autocast's.
         """
-        checks.check_input(x, cu_seqlens, self.hidden_size, self.proj_q.weight)
+        checks.check_input(x, self.hidden_size, self.proj_q.weight)
+        checks.check_sequences(cu_seqlens)  # before the projections, too
         q = self.proj_q(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = self.proj_k(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.proj_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -161,6 +162,7 @@ class FlashSparseAttention(nn.Module):
         Returns:
             [total, num_q_heads, head_dim], dtype of q, or autocast's.
         """
+        checks.check_sequences(cu_seqlens)
         cu_seqlens = cu_seqlens.int()
         backend, total = "auto" if self.backend == "cuda" else self.backend, q.shape[0]
         windows = find_windows(cu_seqlens, total, self.kernel_size, self.kernel_stride, backend=backend)

@@ -6,14 +6,13 @@ each. Each has a backward operator, `<name>_backward`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..pipeline import as_kernel_input
-from ..registration import refuse_second_derivative, register, register_gradient
+from ..registration import Definition, register_with_backward
 from . import checks
 
 _FORWARD_SCHEMA = "(Tensor gates, Tensor compressed, Tensor selected, Tensor sliding) -> Tensor"
@@ -122,13 +121,13 @@ def _autograd(op_name: str, ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     return gradients
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, backward = functools.partial(_forward, family), functools.partial(_backward, family)
-    register(op_name, _FORWARD_SCHEMA, forward, functools.partial(_forward_fake, family))
-    register(f"{op_name}_backward", _BACKWARD_SCHEMA, backward, functools.partial(_backward_fake, family))
-    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
-    refuse_second_derivative(f"{op_name}_backward", "gated_sum")
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register_with_backward(
+        _family,
+        _op_name,
+        Definition(_FORWARD_SCHEMA, _forward, _forward_fake),
+        Definition(_BACKWARD_SCHEMA, _backward, _backward_fake),
+        _autograd,
+        _setup_context,
+        what="gated_sum",
+    )

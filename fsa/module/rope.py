@@ -6,7 +6,6 @@ position of some hundred thousand is as exact as a small one.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pipeline import as_kernel_input
-from ..registration import register, register_gradient
+from ..registration import Definition, register, register_gradient
 from . import checks
 
 
@@ -190,11 +189,6 @@ def _autograd(op_name: str, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     return op(gradient, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
-    register(op_name, _SCHEMA, forward, fake)
-    register_gradient(op_name, functools.partial(_autograd, op_name), _setup_context)
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register(_family, _op_name, Definition(_SCHEMA, _forward, _fake))
+    register_gradient(_op_name, _autograd, _setup_context)

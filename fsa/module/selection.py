@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pipeline import as_kernel_input
-from ..registration import register
+from ..registration import Definition, register
 from . import checks
 from .compressed_attention import keys_by_head, queries_by_head, resolve_scale, seen_windows
 from .packed import packed_rows
@@ -186,10 +185,5 @@ def _autocast(op_name: str, device_type: str, *values: Any) -> Tensor:
     return topk_idx
 
 
-def _register(family: str, op_name: str) -> None:
-    forward, fake = functools.partial(_forward, family), functools.partial(_fake, family)
-    register(op_name, _SCHEMA, forward, fake, functools.partial(_autocast, op_name))
-
-
 for _family, _op_name in _OP_NAMES.items():
-    _register(_family, _op_name)
+    register(_family, _op_name, Definition(_SCHEMA, _forward, _fake), _autocast)
