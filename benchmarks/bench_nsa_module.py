@@ -8,6 +8,14 @@ The total of a pass is everything between the projections: RoPE, compression and
 timed alone, on the tensors it has in the module; "gates" is the rest of the total: the gated sum, and in the backward
 the sums of gradients that come from several branches. Dense attention is timed without RoPE. Writes a JSON file and
 plots, prints a table.
+
+There are two times, of the module and of dense attention alike:
+
+    ms         what the GPU takes, from a CUDA graph
+    eager ms   launched op by op from Python, totals only; below about 32,768 tokens the module's waits for the host
+
+In a model the host runs ahead while the GPU does projections and MLPs, and the module can be captured in a graph.
+Here, a pass that cannot be captured has no ms, and a note says why.
 """
 
 from __future__ import annotations
@@ -38,15 +46,21 @@ from .plot_module import module_shape_of, plot_branches, plot_tokens
 from .shapes import MODULE_SHAPES, ModuleShape
 
 PASSES = ("forward", "backward")
+LEGEND = (
+    "ms: what the GPU takes, from a CUDA graph; of total and x dense are of this time\n"
+    "eager ms: launched op by op from Python, which below about 32,768 tokens waits for the host"
+)
 BACKENDS = ("cuda", "triton", "dense")
 
 _BUDGET_MS = 500.0  # of a measurement
 
 
-def make_row(shape: ModuleShape, *values: Any, **more: Any) -> Row:
-    """A row of the result file, as of `harness.make_row`."""
-    sizes = {key: getattr(shape, key) for key in ("kernel_size", "kernel_stride", "window_size")}
-    return harness.make_row("nsa_module", shape, *values, **sizes, **more)
+def make_row(
+    shape: ModuleShape, name: str, backend: str, stage: str, ms: float | None, extra_gib: float | None, **more: Any
+) -> Row:
+    """A row of the result file, as of `harness.make_row`; a total has eager_ms besides."""
+    more = {key: getattr(shape, key) for key in ("kernel_size", "kernel_stride", "window_size")} | more
+    return harness.make_row("nsa_module", shape, name, backend, stage, ms, extra_gib, **more)
 
 
 def make_module(shape: ModuleShape, backend: str, device: str = "cuda") -> fsa.FlashSparseAttention:
@@ -99,7 +113,7 @@ def module_parts(module: fsa.FlashSparseAttention, inputs: Inputs) -> dict[str, 
     """The total and the branches of the module, on one sequence."""
     total = len(inputs.q)
     cu_seqlens = torch.tensor([0, total], dtype=torch.int32, device=inputs.q.device)
-    sizes = {"kernel_size": module.kernel_size, "kernel_stride": module.kernel_stride}
+    sizes: dict[str, Any] = {"kernel_size": module.kernel_size, "kernel_stride": module.kernel_stride}
     backend = "auto" if module.backend == "cuda" else module.backend
     windows = find_windows(cu_seqlens, total, **sizes)
     compression = [module.compress_key, module.compress_value, module.intra_block_pe]
@@ -165,7 +179,7 @@ def dense_part(inputs: Inputs, repeat: bool) -> Part:
 
     def attend() -> Sequence[Tensor]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return (scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]),)
+            return (scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]),)
 
     return Part(attend, leaves)
 
@@ -183,42 +197,55 @@ class Case:
         try:
             return self._dense_rows(name) if backend == "dense" else self._module_rows(name, backend)
         except RuntimeError as error:  # out of memory is one
-            reason = str(error).strip().split("\n")[0]
-            return [make_row(self.shape, name, backend, "total", None, None, note=f"{type(error).__name__}: {reason}")]
+            note = harness.brief(error)
+            return [make_row(self.shape, name, backend, "total", None, None, eager_ms=None, note=note)]
 
     def _module_rows(self, name: str, backend: str) -> list[Row]:
         torch.manual_seed(0)
         parts = module_parts(make_module(self.shape, backend), self._inputs)
         if name == "backward":
             parts = {stage: part for stage, part in parts.items() if part.leaves}
-        measured = {stage: harness.measure_pass(self._timer, name, *part) for stage, part in parts.items()}
-        rows = [
-            make_row(self.shape, name, backend, stage, x.ms, x.extra_gib, saved_gib=x.saved_gib)
-            for stage, x in measured.items()
+        measured = {
+            stage: harness.measure_pass(self._timer, name, *part, eager=stage == "total")
+            for stage, part in parts.items()
+        }
+        rest = rest_ms(measured)
+        more = {"note": "the total or a branch has no time"} if rest is None else {}
+        return [
+            *(self._row(name, backend, stage, x) for stage, x in measured.items()),
+            make_row(self.shape, name, backend, "gates", rest, None, **more),
         ]
-        return [*rows, make_row(self.shape, name, backend, "gates", rest_ms(measured), None)]
 
     def _dense_rows(self, name: str) -> list[Row]:
         """Where cuDNN refuses grouped queries, K and V are repeated beforehand."""
         try:
-            x, more = harness.measure_pass(self._timer, name, *dense_part(self._inputs, repeat=False)), {}
+            return [self._row(name, "dense", "total", self._measure_dense(name, repeat=False))]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             if self.shape.group_size == 1:
                 raise
-            x = harness.measure_pass(self._timer, name, *dense_part(self._inputs, repeat=True))
-            more = {"note": "K and V repeated for every query head"}
-        return [make_row(self.shape, name, "dense", "total", x.ms, x.extra_gib, saved_gib=x.saved_gib, **more)]
+        x = self._measure_dense(name, repeat=True)
+        return [self._row(name, "dense", "total", x, "K and V repeated for every query head")]
+
+    def _measure_dense(self, name: str, repeat: bool) -> harness.Measured:
+        return harness.measure_pass(self._timer, name, *dense_part(self._inputs, repeat), eager=True)
+
+    def _row(self, name: str, backend: str, stage: str, x: harness.Measured, note: str = "") -> Row:
+        more: Row = {"eager_ms": x.eager_ms} if stage == "total" else {}
+        if notes := [text for text in (x.note, note) if text]:
+            more["note"] = "; ".join(notes)
+        return make_row(self.shape, name, backend, stage, x.ms, x.extra_gib, saved_gib=x.saved_gib, **more)
 
 
-def rest_ms(measured: dict[str, harness.Measured]) -> float:
-    """What the total took beyond its branches; 0 where they take longer alone than within it."""
-    return max(0.0, 2 * measured["total"].ms - sum(x.ms for x in measured.values()))
+def rest_ms(measured: dict[str, harness.Measured]) -> float | None:
+    """What the total took beyond its branches; 0 where they take longer alone than within it, None if one failed."""
+    total, times = measured["total"].ms, [x.ms for x in measured.values() if x.ms is not None]
+    return None if total is None or len(times) < len(measured) else max(0.0, 2 * total - sum(times))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for the terminal; a shape and a pass are named once."""
+    """The rows for the terminal; a shape and a pass are named once. `LEGEND` says what the times are."""
     totals = {(module_shape_of(row), row["pass"], row["backend"]): row["ms"] for row in rows if row["stage"] == "total"}
 
     def cells(row: Row) -> list[str]:
@@ -231,6 +258,7 @@ def table(rows: Sequence[Row]) -> str:
             row["backend"],
             row["stage"] if is_total else f"· {row['stage']}",
             _number(row["ms"], ".3f"),
+            _number(row.get("eager_ms"), ".3f"),
             _number(row["ms"] / total if row["ms"] is not None and total else None, ".0%"),
             _number(dense / row["ms"] if is_ours and dense and row["ms"] else None, ".1f"),
             _number(row["extra_gib"], ".2f"),
@@ -238,7 +266,9 @@ def table(rows: Sequence[Row]) -> str:
             row.get("note", "")[:60],
         ]
 
-    columns = ["shape", "pass", "backend", "stage", "ms", "of total", "x dense", "extra GiB", "saved GiB", "note"]
+    columns = [
+        "shape", "pass", "backend", "stage", "ms", "eager ms", "of total", "x dense", "extra GiB", "saved GiB", "note",
+    ]  # fmt: skip
     lines = [cells(row) for row in rows]
     for above, line in reversed(list(itertools.pairwise(lines))):
         named = 2 if above[:2] == line[:2] else 1 if above[0] == line[0] else 0
@@ -302,14 +332,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _report(file)
     failed = [row for row in rows if row["ms"] is None and row["backend"] != "dense"]
     for row in failed:
-        print(f"failed: {module_shape_of(row)}, {row['pass']}, {row['backend']}: {row['note']}", file=sys.stderr)
+        what = f"{module_shape_of(row)}, {row['pass']}, {row['backend']}, {row['stage']}"
+        print(f"failed: {what}: {row['note']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Reads a result file.
+
+    Raises:
+        ValueError: it is not one, or its times are not of CUDA graphs.
+    """
+    result = harness.read_json(file)
+    if any(row["stage"] == "total" and "eager_ms" not in row for row in result["rows"]):
+        raise ValueError(f"{file}: totals must have eager_ms, or ms is not of CUDA graphs; run the benchmark again")
+    return result
 
 
 def _report(file: Path) -> None:
     """Prints the table of a result file and draws its plots beside it."""
-    result = harness.read_json(file)
-    print(table(result["rows"]), f"rows: {file}", sep="\n")
+    result = read_result(file)
+    print(table(result["rows"]), LEGEND, f"rows: {file}", sep="\n")
     for name, plot in (("branches", plot_branches), ("over_tokens", plot_tokens)):
         path = file.with_name(f"{file.stem}_{name}.png")
         if plot(result, path):

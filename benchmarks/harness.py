@@ -1,4 +1,4 @@
-"""Times and measures GPU work, and writes what it found: events, peak memory, the environment, JSON, a table."""
+"""Times and measures GPU work, and writes it down: events, CUDA graphs, peak memory, the environment, JSON, a table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class GpuTimer:
 
     Before each repetition, outside the timed region, a write of 256 MB takes everything else out of L2 and a short spin
     keeps the GPU busy while the host enqueues the repetition, as it is in the middle of a training step. The host
-    waits for the GPU only after the last repetition.
+    waits for the GPU only after the last repetition. Work that takes the host longer to enqueue than the GPU to do, and
+    than the spin of half a millisecond, is timed with the gaps that this leaves: `graph_ms` is without them.
     """
 
     def __init__(self, budget_ms: float = 1000.0) -> None:
@@ -116,53 +117,102 @@ def extra_gib(call: Callable[[], Tensor | Sequence[Tensor]]) -> float:
     result = call()
     torch.cuda.synchronize()
     tensors = [result] if isinstance(result, Tensor) else list(result)
-    outputs = sum(
-        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
-    )
-    return max(0, torch.cuda.max_memory_allocated() - before - outputs) / 2**30
+    return max(0, torch.cuda.max_memory_allocated() - before - _storage_bytes(tensors)) / 2**30
+
+
+def saved_gib(call: Callable[[], Sequence[Tensor]]) -> float:
+    """What a call keeps for its backward, outputs not counted, in GiB."""
+    call()  # compiles, and loads kernels, whose memory is not the call's
+    before = torch.cuda.memory_allocated()
+    outputs = call()
+    return max(0, torch.cuda.memory_allocated() - before - _storage_bytes(outputs)) / 2**30
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def graph_ms(timer: GpuTimer, prepare: Callable[[], Callable[[], object]]) -> float:
+    """Median time of a call replayed as a CUDA graph: what the GPU takes, however slow the host is.
+
+    Args:
+        timer: measures the replays.
+        prepare: returns the call; both run on a stream of their own, since a backward runs where its forward did.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call = prepare()
+        for _ in range(_WARM_UP_CALLS):
+            call()
+        with torch.cuda.graph(graph, stream=side):  # waits for what was enqueued before
+            call()
+    ms = timer.ms(graph.replay)
+    graph.reset()
+    return ms
 
 
 class Measured(NamedTuple):
     """What a pass took."""
 
-    ms: float
+    ms: float | None  # of the GPU, from a CUDA graph; None: there is no graph, and `note` says why
     extra_gib: float
     saved_gib: float  # of a backward: what its forward kept for it, beside inputs and outputs
+    eager_ms: float | None = None  # launched from Python, op by op; None: not measured
+    note: str = ""
 
 
 def measure_pass(
-    timer: GpuTimer, name: str, call: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]
+    timer: GpuTimer,
+    name: str,
+    call: Callable[[], Sequence[Tensor]],
+    leaves: Sequence[Tensor],
+    *,
+    eager: bool = False,
 ) -> Measured:
     """Time and memory of a pass of `call`, "forward" or "backward"; the backward alone, its forward done before.
+
+    Memory is that of calls launched from Python: a graph holds its own.
 
     Args:
         timer: measures the time.
         name: of the pass.
         call: computes the outputs from `leaves`.
         leaves: tensors that require gradients, all of which the outputs depend on.
+        eager: measure eager_ms, too.
+
+    Raises:
+        RuntimeError: the pass cannot run. If it can, but not in a graph, `note` says so.
     """
-    if name == "forward":
 
-        def measured() -> Sequence[Tensor]:
-            with torch.no_grad():
-                return call()
-
-        measured()  # compiles, and loads kernels, whose memory is not the call's
-        saved = 0.0
-    else:
-        call()
-        before = torch.cuda.memory_allocated()
+    def prepare() -> Callable[[], Sequence[Tensor]]:
+        if name == "forward":
+            return torch.no_grad()(call)
         outputs = call()
-        storages = {output.untyped_storage().data_ptr(): output.untyped_storage().nbytes() for output in outputs}
-        saved = max(0, torch.cuda.memory_allocated() - before - sum(storages.values())) / 2**30
         gradients = [torch.randn_like(output) for output in outputs]
+        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
-        def measured() -> Sequence[Tensor]:
-            return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-        measured()
+    saved = 0.0 if name == "forward" else saved_gib(call)
+    measured = prepare()
+    measured()  # compiles, and loads kernels, whose memory is not the call's
     gib = extra_gib(measured)
-    return Measured(timer.ms(measured), gib, saved)
+    eager_ms = timer.ms(measured) if eager else None
+    del measured  # autograd ties leaves to a stream while a forward on it is kept
+    try:
+        return Measured(graph_ms(timer, prepare), gib, saved, eager_ms)
+    except RuntimeError as error:
+        # Ending a broken capture raises, too; what broke it says more.
+        first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        return Measured(None, gib, saved, eager_ms, f"no CUDA graph: {brief(first)}")
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def make_row(

@@ -1,4 +1,7 @@
-"""The pictures of the module's benchmark: time by branch as stacked bars, and forward + backward over tokens."""
+"""The pictures of the module's benchmark: time by branch as stacked bars, and forward + backward over tokens.
+
+`ms` of a row is the GPU's time, from a CUDA graph; `eager_ms`, of totals, is that of a pass launched from Python.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ BRANCHES = (
 _COLOURS = dict(
     zip(BRANCHES, ("#8c6d46", "#c9a66b", "#1f5c99", "#7fb2dd", "#2a7f3f", "#d98b2b", "#b0b0b0"), strict=True)
 )
+_BACKEND_COLOURS = {"cuda": "#2a7f3f", "triton": "#7b5ea7", "dense": "#6f6f6f"}
 _SIZES = (
     "tokens", "num_kv_heads", "group_size", "head_dim", "block_size", "topk", "kernel_size", "kernel_stride",
     "window_size",
@@ -22,7 +26,12 @@ _SIZES = (
 
 def module_shape_of(row: Row) -> ModuleShape:
     """The shape that a row was measured for."""
-    return ModuleShape(**{key: int(row[key]) for key in _SIZES}, dtype=row["dtype"])
+    sizes: dict[str, Any] = {key: int(row[key]) for key in _SIZES}
+    return ModuleShape(**sizes, dtype=row["dtype"])
+
+
+def _pass_of(row: Row) -> tuple[ModuleShape, str, str]:
+    return module_shape_of(row), row["backend"], row["pass"]
 
 
 def _pyplot() -> Any:
@@ -37,20 +46,22 @@ def _pyplot() -> Any:
 def plot_branches(result: dict[str, Any], path: Path) -> bool:
     """Draws a panel a pass: for every shape the branches stacked, the total and that of dense attention as numbers.
 
-    Branches timed alone may add up to more than the total: each of them waits for the host, too.
+    All from CUDA graphs. Branches timed alone may add up to more than the total: each of them starts with a cold L2. A
+    pass with a part that has no time is left out.
 
     Returns:
         Whether there was something to draw, into a PNG.
     """
     rows = [row for row in result["rows"] if row["ms"] is not None]
-    branches = [row for row in rows if row["stage"] in BRANCHES]
+    whole = {_pass_of(row) for row in rows if row["stage"] == "gates"}  # the rest of the total: all else has a time
+    branches = [row for row in rows if row["stage"] in BRANCHES and _pass_of(row) in whole]
     if not branches:
         return False
-    totals = {(module_shape_of(row), row["backend"], row["pass"]): row["ms"] for row in rows if row["stage"] == "total"}
+    totals = {_pass_of(row): row["ms"] for row in rows if row["stage"] == "total"}
     passes = list(dict.fromkeys(row["pass"] for row in branches))
     bars = list(dict.fromkeys((module_shape_of(row), row["backend"]) for row in branches))
     bars.sort(key=lambda bar: (bar[0].group_size, bar[0].tokens))
-    ms = {(module_shape_of(row), row["backend"], row["pass"], row["stage"]): row["ms"] for row in branches}
+    ms = {(*_pass_of(row), row["stage"]): row["ms"] for row in branches}
 
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
@@ -67,7 +78,7 @@ def plot_branches(result: dict[str, Any], path: Path) -> bool:
             total, beside = (totals.get((shape, who, name)) for who in (backend, "dense"))
             text = (f"{total:.3g}" if total else "") + (f"  (dense {beside:.3g})" if beside else "")
             axis.text(end + 0.01 * longest, place, text, va="center", fontsize=8)
-        axis.set(title=name, xlabel="ms", xlim=(0, 1.3 * longest))
+        axis.set(title=name, xlabel="ms of the GPU, from CUDA graphs", xlim=(0, 1.3 * longest))
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)
     labels = [
@@ -85,30 +96,33 @@ def plot_branches(result: dict[str, Any], path: Path) -> bool:
 
 
 def plot_tokens(result: dict[str, Any], path: Path) -> bool:
-    """Draws forward + backward over the number of tokens, a line for each group size and backend, dense dashed.
+    """Draws forward + backward over the number of tokens, for each group size measured at several; a colour a backend.
+
+    Solid lines are the GPU's time, from CUDA graphs; dashed ones the module's launched from Python.
 
     Returns:
         Whether some line had two points, so that a PNG was drawn.
     """
-    times: dict[tuple[int, str], dict[int, dict[str, float]]] = {}  # (group, backend) -> tokens -> pass -> ms
+    times: dict[tuple[int, str, str], dict[int, dict[str, float]]] = {}  # (group, backend, key) -> tokens -> pass -> ms
     for row in result["rows"]:
-        if row["stage"] == "total" and row["ms"] is not None:
-            line = times.setdefault((row["group_size"], row["backend"]), {})
-            line.setdefault(row["tokens"], {})[row["pass"]] = row["ms"]
+        for key in ("ms",) if row["backend"] == "dense" else ("ms", "eager_ms"):
+            if row["stage"] == "total" and row[key] is not None:
+                by_tokens = times.setdefault((row["group_size"], row["backend"], key), {})
+                by_tokens.setdefault(row["tokens"], {})[row["pass"]] = row[key]
     lines = {
-        key: sorted((tokens, sum(passes.values())) for tokens, passes in line.items() if len(passes) == 2)
-        for key, line in times.items()
+        of: sorted((tokens, sum(passes.values())) for tokens, passes in by_tokens.items() if len(passes) == 2)
+        for of, by_tokens in times.items()
     }
-    lines = {key: line for key, line in lines.items() if len(line) > 1}
+    lines = {of: line for of, line in lines.items() if len(line) > 1}
     if not lines:
         return False
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    colours = dict(zip(dict.fromkeys(group for group, _ in lines), ("#2a7f3f", "#1f5c99", "#d98b2b"), strict=False))
-    for (group, backend), line in lines.items():
-        style = {"cuda": "-", "triton": ":"}.get(backend, "--")
-        label = f"{'dense, cuDNN' if backend == 'dense' else f'module, {backend}'}, group {group}"
-        axis.plot(*zip(*line, strict=True), style, marker="o", color=colours.get(group), label=label)
+    for (group, backend, key), line in lines.items():
+        who = "dense, cuDNN" if backend == "dense" else f"module, {backend}"
+        style, how = ("-", "GPU, from a CUDA graph") if key == "ms" else ("--", "eager, launched from Python")
+        label = f"{who}, group {group}: {how}"
+        axis.plot(*zip(*line, strict=True), style, marker="o", color=_BACKEND_COLOURS[backend], label=label)
     ticks = sorted({tokens for line in lines.values() for tokens, _ in line})
     axis.set(xscale="log", yscale="log", xlabel="tokens of one sequence", ylabel="forward + backward, ms")
     axis.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
