@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_backward_arguments, lse_dtype_of
 from ..pipeline import as_kernel_input
 from ..registration import Definition, register_with_backward
-from . import checks
+from . import checks, cudnn_compressed_attention
 from .packed import packed_rows
 
 _FORWARD_SCHEMA = (
@@ -68,10 +68,14 @@ def compressed_attention(
         kernel_stride: tokens from one window's start to the next one's.
         softmax_scale: positive factor of the scores. None: head_dim ** -0.5.
         backend: "auto" (CUDA tensors: triton if it runs and takes the dtype, else reference; CPU tensors: reference),
-            "triton" (fp16, bf16, fp32) or "reference" (also float64).
+            "triton" (fp16, bf16, fp32) or "reference" (also float64). In place of triton, "auto" takes cuDNN where that
+            is faster: on Hopper and later GPUs, for one sequence of 1,536 windows and more in fp16 or bf16 with
+            head_dim up to 128; in the backward, if lse got no gradient.
 
     Nothing waits for the GPU. Gradients flow to q, compressed_k and compressed_v through out and lse, once. Under
-    autocast the three are cast to its dtype.
+    autocast the three are cast to its dtype. The same bits come every time, but for the gradients of cuDNN, which adds
+    up dq in any order; `torch.use_deterministic_algorithms(True)` leaves it out. From cuDNN, NaN and infinities of
+    windows may also reach queries near to those that see them.
 
     Returns:
         out: [total, num_heads, head_dim], dtype of q. A query that sees no window gets 0 and gives no gradient.
@@ -114,6 +118,13 @@ def _check(family: str, values: tuple[Any, ...]) -> None:
     checks.check_compressed(q, compressed_k, compressed_v, cu_seqlens, compressed_cu_seqlens, softmax_scale, family)
 
 
+def _cudnn_takes(family: str, q: Tensor, compressed_k: Tensor, arguments: Sequence[Any]) -> bool:
+    cu_seqlens, _, kernel_size, kernel_stride, _ = arguments
+    return family == "auto" and cudnn_compressed_attention.takes(
+        q, compressed_k, cu_seqlens, kernel_size, kernel_stride
+    )
+
+
 def _forward(family: str, *values: Any) -> tuple[Tensor, Tensor]:
     q, compressed_k, compressed_v, *rest = values
     backend = checks.choose_backend(family, q, "compressed attention")
@@ -121,9 +132,11 @@ def _forward(family: str, *values: Any) -> tuple[Tensor, Tensor]:
     arguments = resolve_scale(q, rest)
     if backend == "reference":
         return _reference_forward(q, compressed_k, compressed_v, *arguments)
+    q, compressed_k, compressed_v = (as_kernel_input(x) for x in (q, compressed_k, compressed_v))
+    if _cudnn_takes(family, q, compressed_k, arguments):
+        return cudnn_compressed_attention.forward(q, compressed_k, compressed_v, *arguments)
     from . import triton_compressed_attention  # needs triton
 
-    q, compressed_k, compressed_v = (as_kernel_input(x) for x in (q, compressed_k, compressed_v))
     return triton_compressed_attention.forward(q, compressed_k, compressed_v, *arguments)
 
 
@@ -136,9 +149,13 @@ def _backward(family: str, dout: Tensor | None, dlse: Tensor | None, *values: An
     dout = torch.zeros_like(out) if dout is None else dout
     if backend == "reference":
         return _reference_backward(dout, dlse, q, compressed_k, compressed_v, out, lse, *arguments)
+    q, compressed_k, compressed_v = (as_kernel_input(x) for x in (q, compressed_k, compressed_v))
+    # Whatever the forward chose: out and lse mean the same.
+    if dlse is None and _cudnn_takes(family, q, compressed_k, arguments):
+        return cudnn_compressed_attention.backward(dout, q, compressed_k, compressed_v, out, lse, *arguments)
     from . import triton_compressed_attention  # needs triton
 
-    q, compressed_k, compressed_v, dout = (as_kernel_input(x) for x in (q, compressed_k, compressed_v, dout))
+    dout = as_kernel_input(dout)
     return triton_compressed_attention.backward(dout, dlse, q, compressed_k, compressed_v, out, lse, *arguments)
 
 

@@ -32,7 +32,8 @@ class FlashSparseAttention(nn.Module):
     whole tensor, which starts about sqrt(head_dim) times too small).
 
     Nothing waits for the GPU. Forward and backward give the same bits every time; on a GPU the backward only under
-    `torch.use_deterministic_algorithms(True)`, since torch's sliding window adds up dq by atomics otherwise.
+    `torch.use_deterministic_algorithms(True)`, since torch's sliding window, and cuDNN where it attends to compressed
+    keys (`compressed_attention`), add up dq in any order otherwise.
 
     Args:
         hidden_size: elements of a token outside of the module.
