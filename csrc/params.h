@@ -57,7 +57,7 @@ struct PlanView {
     int edges_per_item;
 };
 
-struct EdgesAndItems {
+struct alignas(8) EdgesAndItems {
     int32_t edges, items;
 };
 
@@ -125,6 +125,7 @@ struct ForwardSharedParams {
     __half* o_partial;         // as in ForwardMainParams; written at a query's shared slot, sub-block 0, ...
     float* lse_partial;        // ... as this is
     int32_t* shared_exponent;  // [num_heads, num_queries, group_size]: o_partial is times 2^-shared_exponent there
+    int num_kv_heads;          // of the tensors, not of the chunk
 };
 
 struct ForwardReduceParams {

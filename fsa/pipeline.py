@@ -36,6 +36,9 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
     limit = workspace.get_workspace_limit()
     shares_blocks = stages.shares_blocks(problem) and workspace.may_share_blocks(Sizes.of(problem), limit)
     sizes = Sizes.of(problem, shares_blocks)
+    if shares_blocks:  # by Hopper's copy engine, which takes no stride of 0
+        k, v = (x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x for x in (problem.k, problem.v))
+        problem = dataclasses.replace(problem, k=k, v=v)
     with torch.cuda.device_of(q):
         scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
         for chunk in workspace.plan_chunks(sizes, "forward", limit):

@@ -201,6 +201,16 @@ def test_nonfinite_keys_and_values_reach_only_who_sees_them(stages: ModuleType, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_keys_and_values_of_the_next_sequence(stages: ModuleType, dtype: torch.dtype) -> None:
+    """Which share a sub-block's rows in memory with the keys of the one before it, whose last block is not full."""
+    case = Case("next_sequence", (70, 70), (70, 70), 1, 3, 24, 2, 64)
+    problem, chunk = make_problem(case, dtype), make_chunk(case)
+    k, v = problem.k.clone(), problem.v.clone()
+    v[70, 0, 3], v[71, 0], v[120, 0, 5], k[72, 0, 3], k[101, 0] = torch.inf, torch.nan, -torch.inf, torch.nan, torch.inf
+    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(stages: ModuleType, dtype: torch.dtype) -> None:
     problem = make_problem(CASES[0], dtype)
     problem = dataclasses.replace(problem, q=problem.q * 100, k=problem.k * 100)
@@ -253,6 +263,14 @@ def test_the_forward_shares_blocks(
     case = dataclasses.replace(SHARING, group_size=group_size, block_size=block_size)
     (shared,) = run_forward(case, monkeypatch)
     assert shared > 0
+
+
+def test_heads_that_are_one_in_memory(stages: ModuleType, poisoned_memory: None) -> None:
+    inputs = dataclasses.replace(SHARING, group_size=2, num_kv_heads=2).inputs(torch.bfloat16, DEVICE)
+    k, v = (x[:, :1].expand_as(x) for x in (inputs.k, inputs.v))
+    expanded, written = (dataclasses.replace(inputs, k=x, v=y) for x, y in ((k, v), (k.contiguous(), v.contiguous())))
+    for ours, theirs in zip(forward(expanded, "cuda"), forward(written, "cuda"), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

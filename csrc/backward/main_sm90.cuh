@@ -308,6 +308,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         KeyGradient<Traits> dk = {}, dv = {};
         for (int tile = 0; tile < num_tiles; ++tile) {
             const QueryTileRows<Traits>& rows = shared.rows_of(tile);
+            const bool last = tile + 1 == num_tiles;
+            const int claimed = last ? claim_work_item(p.plan) : 0;
             KeyFragments<Traits> keys;
             load_key_fragments<Traits>(keys, shared.k);
             cp_async_wait<0>();
@@ -317,10 +319,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             Scores<Traits> s, dp;
             issue_scores<Traits>(s, keys, shared.q(tile));
             issue_dprobs<Traits>(dp, shared.v, shared.dout(tile));
-            if (tile + 1 < num_tiles) {
+            if (!last) {
                 gather_queries(shared, p, tile + 1);
             } else {
-                request_work_item(shared.state->queue, p.geometry, p.plan, claim_work_item(p.plan));
+                request_work_item(shared.state->queue, p.geometry, p.plan, claimed);
             }
             if (tile + 3 < num_tiles) describe(tile + 3, next_edge);
             cp_async_commit();

@@ -296,6 +296,7 @@ void forward_shared(
     p.o_partial = static_cast<__half*>(o_partial.mutable_data_ptr());
     p.lse_partial = static_cast<float*>(lse_partial.mutable_data_ptr());
     p.shared_exponent = static_cast<int32_t*>(shared_exponent.mutable_data_ptr());
+    p.num_kv_heads = static_cast<int>(num_kv_heads);
 
     const DeviceGuard guard(q.get_device());
     const cudaStream_t stream = current_stream(q);

@@ -5,6 +5,7 @@
 #include "device/convert.cuh"
 #include "device/layout.h"
 #include "device/ptx.cuh"
+#include "device/wgmma.cuh"
 
 namespace fsa {
 
@@ -159,8 +160,38 @@ load_tile_interleaved(uint32_t tile, const TileSource<T>& source, const OnNonfin
     return interleave_tile<T, kRows, kHeadDim, kThreads, Layout>(tile, on_nonfinite);
 }
 
-// Adds to this lane's 8 elements of a stored row what load_tile_interleaved or zero_nonfinite_in_tile took out: the inf and NaN elements of the
-// visible keys. Rare by nature, so it works on global memory and costs the main loop no registers.
+// Zeros for inf and NaN in this thread's share of kBytes of shared memory, of which kThreads neighbours take a share each;
+// products and copies see them after the next barrier. Whether any of those stood where it matters, by offset.
+template <typename T, int kBytes, int kThreads, typename Matters>
+__device__ __forceinline__ bool zero_nonfinite_in_share(uint32_t memory, const Matters& matters) {
+    constexpr int kPerThread = kBytes / 16 / kThreads;
+    static_assert(kBytes % (16 * kThreads) == 0, "shares are equal");
+    const uint32_t own = threadIdx.x % kThreads * 16;
+    uint32_t sums[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+        const uint4 v = load_shared_16(memory + own + i * kThreads * 16);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int word = 0; word < 4; ++word) sums[word] = add_zero_times<T>(words[word], sums[word]);
+    }
+    if (((sums[0] | sums[1] | sums[2] | sums[3]) & 0x7fff7fffu) == 0) return false;
+
+    bool any_matters = false;
+#pragma unroll 1
+    for (int i = 0; i < kPerThread * 4; ++i) {
+        const uint32_t offset = own + i / 4 * kThreads * 16 + i % 4 * 4;
+        const uint32_t word = load_shared_4(memory + offset), finite = zero_nonfinite<T>(word);
+        if (finite == word) continue;
+        store_shared_4(memory + offset, finite);
+        any_matters |= matters(offset);
+    }
+    fence_async_proxy();
+    return any_matters;
+}
+
+// Adds to this lane's 8 elements of a stored row what the functions above took out: the inf and NaN elements of the visible
+// keys. Rare by nature, so it works on global memory and costs the main loop no registers.
 //   chunk: the tile's 8 columns at its first row    stored: the same 8 columns of the partial, written before
 template <typename T, typename Stored>
 __device__ __forceinline__ void add_nonfinite_keys(

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fsa {
 
@@ -42,8 +43,9 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Barriers in shared memory, 8 bytes each. A phase ends with the arrival of as many threads as the barrier was made for;
-// what these wrote before is seen by whoever has waited for the phase. Phases are told apart by their parity: 0, 1, 0, ...
+// Barriers in shared memory, 8 bytes each. A phase ends with the arrival of as many threads as the barrier was made for, and
+// of the bytes that these expect (tma.cuh); what they wrote before is seen by whoever has waited for the phase. Phases are
+// told apart by their parity: 0, 1, 0, ...
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -61,6 +63,18 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
+// From here on the threads of this warpgroup have kRegisters registers each, fewer than before. From sm_90 on.
+template <int kRegisters>
+__device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The same, more than before, once others have released as many.
+template <int kRegisters>
+__device__ __forceinline__ void claim_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // Stores 16 bytes if valid, without a branch.
 __device__ __forceinline__ void store_global_16(void* global, const uint4& v, bool valid) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
@@ -75,6 +89,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
                  : "r"(shared)
                  : "memory");
     return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t value) {
@@ -125,10 +145,27 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 0 * x + sum, for both halves of a word: from then on a half of `sum` is NaN once x was inf or NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t add_zero_times(uint32_t x, uint32_t sum) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+    } else {
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+    }
+    return sum;
+}
+
 __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// A condition on which all lanes of the warp agree, so that the compiler knows: what follows from it is then computed once
+// a warp, by the uniform datapath.
+__device__ __forceinline__ bool uniform(bool condition) {
+    return __any_sync(~0u, condition);
 }
 
 // threadIdx.x, read anew at every call: what is computed from it is not hoisted out of a persistent loop, where a

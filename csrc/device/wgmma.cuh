@@ -32,7 +32,7 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Makes this thread's writes to shared memory visible to products.
+// Makes this thread's writes to shared memory visible to products and to the copy engine (tma.cuh).
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -18,6 +18,7 @@ namespace fsa {
 template <int kRows, int kColumns>
 struct WgmmaTile {
     static_assert(kColumns % 32 == 0 && kRows % 16 == 0, "panels are 32 or 64 wide, products sum over 16 at a time");
+    static constexpr int kNumRows = kRows;
     static constexpr int kPanelColumns = kColumns % 64 == 0 ? 64 : 32;
     static constexpr int kRowBytes = kPanelColumns * 2;
     static constexpr int kPanelBytes = kRows * kRowBytes;

@@ -86,10 +86,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         const int claimed = claim_work_item(p.plan), first_edge = edge_of(0);
         int next_edge = edge_of(kStep);
         load_kv_block<Traits>(k_tile, v_tile, item, p);
+        request_work_item(state.queue, g, p.plan, claimed);
         QueryRow row = row_of(0, first_edge);
         gather(stage, row);
         finish_kv_block<Traits>(v_tile, state, p);
-        request_work_item(state.queue, g, p.plan, claimed);
 
         for (int first_row = 0; first_row + first_of_warpgroup < item.num_rows; first_row += kStep) {
             Scores<Traits> s;

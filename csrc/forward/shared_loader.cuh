@@ -1,18 +1,24 @@
 // The loaders of the forward shared kernel: the warps that bring Q of one unit after the other, and K and V of the sub-blocks
-// it shares, through the buffers of a CTA. They are as far ahead of the others as there is shared memory.
+// it shares, through the buffers of a CTA. They are as far ahead of the others as there is shared memory. The first one finds
+// out what to load and starts K and V, the second one gathers Q, the last two look at V.
 #pragma once
 
 #include "device/load_tile.cuh"
+#include "device/tma.cuh"
 #include "forward/query_stage.cuh"
 #include "forward/shared_units.cuh"
 
 namespace fsa {
 namespace forward_shared {
 
+struct Sm90Params : ForwardSharedParams {
+    TensorMap k_map, v_map;
+};
+
 // The sub-blocks of a tile's list, 32 at a time, a lane each. Fetched long before they are looked at.
 struct Entries {
     int count = 0;  // of the list
-    int4 entry;     // to which sub-block first + lane belongs; anything behind the end
+    int4 entry;     // of which sub-block first + lane is a part; some other one behind the list's end
 
     __device__ __forceinline__ void fetch(const ForwardSharedParams& p, int head, int tile, int first, int subs) {
         const int head_and_tile = head * p.shared.num_tiles + tile;
@@ -22,26 +28,33 @@ struct Entries {
     }
 };
 
-// A sub-block on its way through a CTA, with K and V; the first of a unit has its queries with it.
+// A sub-block on its way through a CTA, with K and V.
 template <typename Traits>
 struct Load {
-    int unit;  // -1 behind the last
-    bool last_of_unit;
-    bool nonfinite_values[Traits::kLoaders];  // V held inf or NaN, as each loader saw it
+    int unit;                                  // -1 behind the last
+    bool nonfinite_values[Traits::kCheckers];  // V held inf or NaN, as each of those who look saw it
     SharedSubBlock block;
+
+    __device__ __forceinline__ bool has_nonfinite_values() const {
+        bool any = false;
+        for (const bool seen : nonfinite_values) any |= seen;
+        return any;
+    }
 };
 
-// Load n has buffer n % kBuffers, the u-th unit of a CTA that has loads the queries' buffer u % kQueryBuffers; phase n / kBuffers of `full` and
-// `empty`, phase u / kQueryBuffers of `queries_empty` are theirs.
+// Load n has buffer n % kBuffers; the u-th unit of a CTA that has loads has the queries' buffer u % kQueryBuffers. Phase
+// n / kBuffers (u / kQueryBuffers) of a buffer's barriers is theirs.
 template <typename Traits>
 struct Pipeline {
     struct State {
-        uint64_t full[Traits::kBuffers];   // all loaders have brought their part
-        uint64_t empty[Traits::kBuffers];  // all other warps are done
+        uint64_t landed[Traits::kBuffers];  // K and V are there
+        uint64_t full[Traits::kBuffers];    // V has been looked at
+        uint64_t empty[Traits::kBuffers];   // all other warps are done
+        uint64_t queries_wanted[Traits::kQueryBuffers];
+        uint64_t queries_full[Traits::kQueryBuffers];
         uint64_t queries_empty[Traits::kQueryBuffers];
-        uint64_t claimed[2];  // phase k / 2 of claimed[k % 2], claim_empty[k % 2]: of claim k
-        uint64_t claim_empty[2];
-        int claims[2];  // units
+        uint64_t turns[2];  // whose phase n ends when it is a warpgroup's turn to begin the products of load n
+        int units[Traits::kQueryBuffers];  // whose queries are wanted; -1 behind the last
         Load<Traits> loads[Traits::kBuffers];
     };
     static_assert(sizeof(State) <= Traits::kStateBytes);
@@ -49,99 +62,116 @@ struct Pipeline {
     State& state;
     uint32_t memory;  // shared-memory address of the buffers
 
+    // Of load n, of unit u. Unsigned: a power of two then takes an instruction.
+    static __device__ __forceinline__ unsigned buffer(int n) {
+        return static_cast<unsigned>(n) % Traits::kBuffers;
+    }
+    static __device__ __forceinline__ unsigned parity(int n) {
+        return static_cast<unsigned>(n) / Traits::kBuffers % 2;
+    }
+    static __device__ __forceinline__ unsigned query_buffer(int u) {
+        return static_cast<unsigned>(u) % Traits::kQueryBuffers;
+    }
+    static __device__ __forceinline__ unsigned query_parity(int u) {
+        return static_cast<unsigned>(u) / Traits::kQueryBuffers % 2;
+    }
     __device__ __forceinline__ Load<Traits>& load(int n) const {
-        return state.loads[n % Traits::kBuffers];
+        return state.loads[buffer(n)];
     }
     __device__ __forceinline__ uint32_t k_tile(int n) const {
-        return memory + n % Traits::kBuffers * 2 * Traits::Tile::kBytes;
+        return memory + buffer(n) * 2 * Traits::Tile::kBytes;
     }
     __device__ __forceinline__ uint32_t v_tile(int n) const {
         return k_tile(n) + Traits::Tile::kBytes;
     }
     // Offset of a warp's queries of unit u.
     __device__ __forceinline__ uint32_t stage_offset(int u, int warp) const {
-        return Traits::kQueriesOffset + u % Traits::kQueryBuffers * Traits::kQueryBytes + warp * Traits::Stage::kBytes;
+        return Traits::kQueriesOffset + query_buffer(u) * Traits::kQueryBytes + warp * Traits::Stage::kBytes;
     }
 
-    // One thread; a barrier of the CTA follows.
+    // One thread; a barrier of the CTA follows. Who has read or written data arrives for itself, thread by thread: racecheck
+    // does not see what a lane that arrives for its warp knows of the others.
     __device__ __forceinline__ void init() const {
-        for (uint64_t& barrier : state.full) mbarrier_init(shared_address(&barrier), 32 * Traits::kLoaders);
-        for (uint64_t& barrier : state.empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kWarps);
-        for (uint64_t& barrier : state.queries_empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kWarps);
-        for (uint64_t& barrier : state.claimed) mbarrier_init(shared_address(&barrier), 1);
-        for (uint64_t& barrier : state.claim_empty) mbarrier_init(shared_address(&barrier), 32 * Traits::kLoaders);
+        constexpr int kConsumers = 32 * Traits::kWarps;
+        for (uint64_t& barrier : state.landed) mbarrier_init(shared_address(&barrier), 1);
+        for (uint64_t& barrier : state.full) mbarrier_init(shared_address(&barrier), 32 * Traits::kCheckers);
+        for (uint64_t& barrier : state.empty) mbarrier_init(shared_address(&barrier), kConsumers);
+        for (uint64_t& barrier : state.queries_wanted) mbarrier_init(shared_address(&barrier), 1);
+        for (uint64_t& barrier : state.queries_full) mbarrier_init(shared_address(&barrier), 32);
+        for (uint64_t& barrier : state.queries_empty) mbarrier_init(shared_address(&barrier), kConsumers);
+        for (uint64_t& barrier : state.turns) mbarrier_init(shared_address(&barrier), 4);  // warps of the other one
+        fence_async_proxy();  // the copy engine arrives, too
     }
-    // Every thread arrives for itself: racecheck does not see what a lane that arrives for its warp knows of the others.
+    __device__ __forceinline__ uint32_t landed(int n) const {
+        return shared_address(&state.landed[buffer(n)]);
+    }
+    __device__ __forceinline__ void wait_landed(int n) const {
+        mbarrier_wait(landed(n), parity(n));
+    }
     __device__ __forceinline__ void arrive_full(int n) const {
-        mbarrier_arrive(shared_address(&state.full[n % Traits::kBuffers]));
-    }
-    __device__ __forceinline__ void arrive_empty(int n) const {
-        mbarrier_arrive(shared_address(&state.empty[n % Traits::kBuffers]));
-    }
-    __device__ __forceinline__ void arrive_queries_empty(int u) const {
-        mbarrier_arrive(shared_address(&state.queries_empty[u % Traits::kQueryBuffers]));
+        mbarrier_arrive(shared_address(&state.full[buffer(n)]));
     }
     __device__ __forceinline__ void wait_full(int n) const {
-        mbarrier_wait(shared_address(&state.full[n % Traits::kBuffers]), n / Traits::kBuffers % 2);
+        mbarrier_wait(shared_address(&state.full[buffer(n)]), parity(n));
     }
-    // Claim k, for all loaders: CTAs take units as they get done, for these differ in length. `ahead` is that of the first
-    // loader's first lane, which has claimed it long before it is asked for.
-    __device__ __forceinline__ int claim(int k, int loader, int& ahead, int32_t* next) const {
-        if (loader == 0) {
-            if (k >= 2) mbarrier_wait(shared_address(&state.claim_empty[k % 2]), (k / 2 - 1) % 2);
-            if (threadIdx.x % 32 == 0) {
-                state.claims[k % 2] = ahead;
-                mbarrier_arrive(shared_address(&state.claimed[k % 2]));
-                ahead = atomicAdd(next, 1);
-            }
-        }
-        __syncwarp();
-        mbarrier_wait(shared_address(&state.claimed[k % 2]), k / 2 % 2);
-        const int index = state.claims[k % 2];
-        mbarrier_arrive(shared_address(&state.claim_empty[k % 2]));
-        return index;
+    __device__ __forceinline__ void arrive_empty(int n) const {
+        mbarrier_arrive(shared_address(&state.empty[buffer(n)]));
     }
-    // The buffers that load n and unit u are to have; free at the beginning.
+    // The buffer that load n is to have; free at the beginning.
     __device__ __forceinline__ void wait_empty(int n) const {
         if (n < Traits::kBuffers) return;
-        mbarrier_wait(shared_address(&state.empty[n % Traits::kBuffers]), (n / Traits::kBuffers - 1) % 2);
+        mbarrier_wait(shared_address(&state.empty[buffer(n)]), parity(n - Traits::kBuffers));
+    }
+
+    // A warp asks for the queries of a unit, or says with -1 that there are no more.
+    __device__ __forceinline__ void want_queries(int u, int unit) const {
+        if (u >= Traits::kQueryBuffers) wait_queries(u - Traits::kQueryBuffers);  // `units` has been read
+        if (threadIdx.x % 32 > 0) return;
+        state.units[query_buffer(u)] = unit;
+        mbarrier_arrive(shared_address(&state.queries_wanted[query_buffer(u)]));
+    }
+    __device__ __forceinline__ int wanted_queries(int u) const {
+        mbarrier_wait(shared_address(&state.queries_wanted[query_buffer(u)]), query_parity(u));
+        return state.units[query_buffer(u)];
+    }
+    __device__ __forceinline__ void arrive_queries(int u) const {
+        mbarrier_arrive(shared_address(&state.queries_full[query_buffer(u)]));
+    }
+    __device__ __forceinline__ void wait_queries(int u) const {
+        mbarrier_wait(shared_address(&state.queries_full[query_buffer(u)]), query_parity(u));
+    }
+    __device__ __forceinline__ void arrive_queries_empty(int u) const {
+        mbarrier_arrive(shared_address(&state.queries_empty[query_buffer(u)]));
     }
     __device__ __forceinline__ void wait_queries_empty(int u) const {
         if (u < Traits::kQueryBuffers) return;
-        mbarrier_wait(
-            shared_address(&state.queries_empty[u % Traits::kQueryBuffers]), (u / Traits::kQueryBuffers - 1) % 2);
+        mbarrier_wait(shared_address(&state.queries_empty[query_buffer(u)]), query_parity(u - Traits::kQueryBuffers));
+    }
+
+    // Two warpgroups begin their products in turn, load by load: left alone they fall into step, and the tensor cores rest
+    // while both have their softmax. No data depends on it. The second one passes once before its first load.
+    __device__ __forceinline__ void await_turn(int warpgroup, int n) const {
+        if (Traits::kWarpgroups == 2) mbarrier_wait(shared_address(&state.turns[warpgroup]), n & 1);
+    }
+    __device__ __forceinline__ void pass_turn(int warpgroup) const {
+        if (Traits::kWarpgroups == 2 && threadIdx.x % 32 == 0)
+            mbarrier_arrive(shared_address(&state.turns[1 - warpgroup]));
     }
 };
 
-// A loader's part of K and V of a load.
+// Starts K and V of a load; one thread. Rows behind the sequence's end come along: nobody sees these keys.
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(
-    const Pipeline<Traits>& pipeline, int n, const ForwardSharedParams& p, int kv_head, const SharedSubBlock& block) {
-    using T = typename Traits::T;
-    constexpr int kThreads = Traits::kLoaders * 32;
-    const auto source = [&](const RowTensor& t) -> TileSource<T> {
-        return {row_pointer<T>(t, block.key_token, kv_head), t.token_stride, block.num_keys, p.geometry.head_dim / 8};
-    };
-    load_tile_async<T, Traits::kTileK, Traits::kHeadDim, kThreads, typename Traits::Tile>(
-        pipeline.k_tile(n), source(p.k));
-    load_tile_async<T, Traits::kTileK, Traits::kHeadDim, kThreads, typename Traits::Tile>(
-        pipeline.v_tile(n), source(p.v));
-}
-
-// A loader's part of a load that came with all of its commits but the last kPending: looks at V, and hands it over.
-template <typename Traits, int kPending>
-__device__ __forceinline__ void finish_load(const Pipeline<Traits>& pipeline, int n, int loader, bool last_of_unit) {
-    cp_async_wait<kPending>();
-    const TileMagnitude values = zero_nonfinite_in_tile<
-        typename Traits::T, Traits::kTileK, Traits::kHeadDim, Traits::kLoaders * 32, typename Traits::Tile>(
-        pipeline.v_tile(n));
-    const bool nonfinite = __any_sync(~0u, values.nonfinite);
-    if (threadIdx.x % 32 == 0) {
-        pipeline.load(n).nonfinite_values[loader] = nonfinite;
-        if (loader == 0) pipeline.load(n).last_of_unit = last_of_unit;
+    const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, int kv_head, const SharedSubBlock& block) {
+    using Tile = typename Traits::Tile;
+    const uint32_t landed = pipeline.landed(n);
+    mbarrier_arrive_expect(landed, 2 * Tile::kBytes);
+#pragma unroll
+    for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
+        const int column = panel * Tile::kPanelColumns, offset = panel * Tile::kPanelBytes;
+        tma_load_3d(pipeline.k_tile(n) + offset, p.k_map, landed, column, kv_head, block.key_token);
+        tma_load_3d(pipeline.v_tile(n) + offset, p.v_map, landed, column, kv_head, block.key_token);
     }
-    fence_async_proxy();
-    pipeline.arrive_full(n);
 }
 
 __device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
@@ -151,25 +181,19 @@ __device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane
     return block;
 }
 
+// The first loader: claims units, for CTAs take them as they get done, since these differ in length; starts the loads of
+// the sub-blocks that a unit's queries share, and asks for the queries.
 template <typename Traits>
-__device__ __forceinline__ void gather_unit(
-    const Pipeline<Traits>& pipeline, int u, int loader, const ForwardSharedParams& p, const Unit& unit) {
-#pragma unroll 1
-    for (int warp = loader; warp < Traits::kWarps; warp += Traits::kLoaders) {
-        const UnitRow row = make_unit_row(p.geometry, unit, warp * 16 + threadIdx.x % 16);
-        forward_main::gather_queries<typename Traits::T, Traits::kHeadDim>(
-            pipeline.memory + pipeline.stage_offset(u, warp), p.geometry, p.q, unit.kv_head, row);
-    }
-}
-
-template <typename Traits>
-__device__ __forceinline__ void run_loader(const Pipeline<Traits>& pipeline, int loader, const ForwardSharedParams& p) {
+__device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, const Sm90Params& p) {
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kTileK;
     const int num_units = p.shared.num_tiles * g.num_heads * units_a_tile<Traits>(g);
-    const bool leader = loader == 0 && lane == 0;
-    int ahead = leader ? atomicAdd(p.shared.next, 1) : 0, claims = 0;
-    const auto claim = [&] { return pipeline.claim(claims++, loader, ahead, p.shared.next); };
+    int ahead = lane == 0 ? atomicAdd(p.shared.next, 1) : 0;  // claimed long before it is asked for
+    const auto claim = [&] {
+        const int index = __shfl_sync(~0u, ahead, 0);
+        if (lane == 0) ahead = atomicAdd(p.shared.next, 1);
+        return index;
+    };
     const auto fetch = [&](Entries& entries, int index, int first) {
         const Unit unit = make_unit<Traits>(g, index);
         entries.fetch(p, unit.head, unit.tile, first, subs);
@@ -193,29 +217,81 @@ __device__ __forceinline__ void run_loader(const Pipeline<Traits>& pipeline, int
             const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
             for (unsigned left = __ballot_sync(~0u, wanted); left != 0; left &= left - 1) {
                 const SharedSubBlock block = of_lane(own, __ffs(left) - 1);
-                if (first_of_unit) {
-                    pipeline.wait_queries_empty(u);
-                    gather_unit(pipeline, u, loader, p, unit);
-                }
+                if (first_of_unit) pipeline.want_queries(u++, index);
+                first_of_unit = false;
                 pipeline.wait_empty(n);
-                load_kv_block<Traits>(pipeline, n, p, unit.kv_head, block);
-                cp_async_commit();
-                if (leader) {
+                if (lane == 0) {
                     pipeline.load(n).unit = index;
                     pipeline.load(n).block = block;
+                    load_kv_block<Traits>(pipeline, n, p, unit.kv_head, block);
                 }
-                if (n > 0) finish_load<Traits, 1>(pipeline, n - 1, loader, first_of_unit);
-                first_of_unit = false;
                 ++n;
             }
         }
-        if (!first_of_unit) ++u;
         index = next_index;
     }
-    if (n > 0) finish_load<Traits, 0>(pipeline, n - 1, loader, true);
+    pipeline.want_queries(u, -1);
     pipeline.wait_empty(n);
-    if (leader) pipeline.load(n).unit = -1;
-    pipeline.arrive_full(n);
+    if (lane == 0) {
+        pipeline.load(n).unit = -1;
+        mbarrier_arrive(pipeline.landed(n));
+    }
+}
+
+// The second loader.
+template <typename Traits>
+__device__ __forceinline__ void gather_wanted_queries(const Pipeline<Traits>& pipeline, const Sm90Params& p) {
+    for (int u = 0;; ++u) {
+        const int index = pipeline.wanted_queries(u);
+        if (index < 0) return;
+        const Unit unit = make_unit<Traits>(p.geometry, index);
+        pipeline.wait_queries_empty(u);
+#pragma unroll 1
+        for (int warp = 0; warp < Traits::kWarps; ++warp) {
+            const UnitRow row = make_unit_row(p.geometry, unit, warp * 16 + threadIdx.x % 16);
+            forward_main::gather_queries<typename Traits::T, Traits::kHeadDim>(
+                pipeline.memory + pipeline.stage_offset(u, warp), p.geometry, p.q, unit.kv_head, row);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        pipeline.arrive_queries(u);
+    }
+}
+
+// The other loaders, kCheckers of them: hand over what has landed, with zeros for inf and NaN among the values.
+template <typename Traits>
+__device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, int checker) {
+    using T = typename Traits::T;
+    using Tile = typename Traits::Tile;
+    constexpr int kThreads = Traits::kCheckers * 32;
+    for (int n = 0;; ++n) {
+        pipeline.wait_landed(n);
+        Load<Traits>& load = pipeline.load(n);
+        const bool is_last = load.unit < 0;
+        if (!is_last) {
+            // Rows behind the sequence's end came along.
+            const auto in_sequence = [&](uint32_t offset) {
+                return static_cast<int>(offset / Tile::kRowBytes % Tile::kNumRows) < load.block.num_keys;
+            };
+            const bool nonfinite =
+                __any_sync(~0u, zero_nonfinite_in_share<T, Tile::kBytes, kThreads>(pipeline.v_tile(n), in_sequence));
+            if (threadIdx.x % 32 == 0) load.nonfinite_values[checker] = nonfinite;
+        }
+        pipeline.arrive_full(n);
+        if (is_last) return;
+    }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void run_loader(const Pipeline<Traits>& pipeline, int loader, const Sm90Params& p) {
+    static_assert(Traits::kLoaders == 2 + Traits::kCheckers);
+    if (loader == 0) {
+        start_loads(pipeline, p);
+    } else if (loader == 1) {
+        gather_wanted_queries(pipeline, p);
+    } else {
+        check_values(pipeline, loader - 2);
+    }
 }
 
 }  // namespace forward_shared

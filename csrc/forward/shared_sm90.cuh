@@ -1,5 +1,5 @@
 // The forward shared kernel for Hopper: query-outer over the blocks that a query tile shares, where main is KV-outer over
-// the rest. The unit of work is some rows of a query tile: their queries stay in shared memory, O in registers over all
+// the rest. The unit of work is some rows of a query tile: their queries stay in the CTA, O in registers over all
 // shared blocks, with an online softmax, and one partial a row is left. Rows of queries that did not select a block are
 // masked: the tensor cores have room for them, memory has not. Loaders (forward/shared_loader.cuh) bring what is needed.
 #pragma once
@@ -13,6 +13,7 @@
 #include "forward/shared_loader.cuh"
 #include "forward/shared_sm90_traits.h"
 #include "forward/shared_units.cuh"
+#include "host/tensor_map.h"
 #include "launch.h"
 
 namespace fsa {
@@ -45,23 +46,23 @@ __device__ __forceinline__ void update_softmax(
     float scale_log2) {
     const int lane = threadIdx.x % 32;
     if (__any_sync(~0u, row.last_visible >= 0 && row.last_visible < Traits::kTileK - 1)) mask_invisible<Traits>(s, row);
+    const unsigned sharing = __ballot_sync(~0u, row.last_visible >= 0) >> lane / 4;
     bool shares[2], grows = false;
-    float maximum[2];
+    float maximum[2];  // of the lane's own columns
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        shares[i] = __shfl_sync(~0u, row.last_visible, 8 * i + lane / 4) >= 0;
+        shares[i] = sharing >> 8 * i & 1;
         maximum[i] = s[0][0][2 * i];
 #pragma unroll
         for (int n = 0; n < Traits::kTileK / 8; ++n)
             maximum[i] = fmaxf(maximum[i], fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
-        maximum[i] = quad_max(maximum[i]);
         maximum[i] = shares[i] ? maximum[i] * scale_log2 : -INFINITY;
         grows |= maximum[i] > softmax.reference[i] + kSlack;
     }
     if (__any_sync(~0u, grows)) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float reference = fmaxf(softmax.reference[i], maximum[i]);
+            const float reference = fmaxf(softmax.reference[i], quad_max(maximum[i]));
             const float kept = exp2_approx(softmax.reference[i] - finite_shift(reference));
             softmax.reference[i] = reference;
             softmax.sum[i] *= kept;
@@ -90,15 +91,45 @@ __device__ __forceinline__ void update_softmax(
     }
 }
 
-// O += P V
+// Q of a warp as A fragments, where there are registers for them.
 template <typename Traits>
-__device__ __forceinline__ void accumulate_pv(Output<Traits>& o, const Probs<Traits>& probs, uint32_t v_tile) {
+using HeldQueries = uint32_t[Traits::kHeldQuerySteps][4];
+
+template <typename Traits>
+__device__ __forceinline__ void hold_queries(HeldQueries<Traits>& q, uint32_t stage) {
+    if constexpr (Traits::kHoldsQueries) {
+#pragma unroll
+        for (int step = 0; step < Traits::kHeldQuerySteps; ++step)
+            ldmatrix_x4(q[step], Traits::Stage::lane_chunk(stage) + step * 32);
+    }
+}
+
+// S = Q K^T, a batch that the caller waits for.
+template <typename Traits>
+__device__ __forceinline__ void begin_scores(
+    Scores<Traits>& s, const HeldQueries<Traits>& q, uint32_t stage, uint32_t k_tile) {
+    if constexpr (Traits::kHoldsQueries) {
+        auto& accumulators = reinterpret_cast<float (&)[Traits::kTileK / 2]>(s);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < Traits::kHeldQuerySteps; ++step) {
+            wgmma_rs<typename Traits::T, Major::kSum>(
+                accumulators, q[step], Traits::Tile::along_columns(k_tile, step), step > 0);
+        }
+        wgmma_commit();
+    } else {
+        compute_scores_sm90<Traits>(s, stage, k_tile);
+    }
+}
+
+// O += P V, a batch that the caller waits for.
+template <typename Traits>
+__device__ __forceinline__ void begin_pv(Output<Traits>& o, const Probs<Traits>& probs, uint32_t v_tile) {
     wgmma_fence();
 #pragma unroll
     for (int pass = 0; pass < Traits::kPasses; ++pass)
         compute_pv_columns<Traits, Traits::kColumns>(o[pass], probs, v_tile, pass * Traits::kColumns, true);
     wgmma_commit();
-    wgmma_wait<0>();
 }
 
 // The power of two by which a row of O is divided, so that fp16 holds it: the row's largest element comes near 2^15.
@@ -163,35 +194,60 @@ __device__ __forceinline__ void restore_unit(
 }
 
 // A unit from load n on: its partials. Returns the first load of the next unit.
+//
+// S of the next sub-block is computed behind P V of this one: the tensor cores get both at once, and while they work for
+// one warpgroup the other one has its softmax.
 template <typename Traits>
 __device__ __forceinline__ int run_unit(
     const Pipeline<Traits>& pipeline, unsigned char* memory, int n, int u, const ForwardSharedParams& p) {
     const Geometry& g = p.geometry;
-    const int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32, warpgroup = warp / 4;
     const uint32_t stage = pipeline.memory + pipeline.stage_offset(u, warp);
-    const Unit unit = make_unit<Traits>(g, pipeline.load(n).unit);
-    const TileQueries own_queries = queries_of_rows(g, unit, warp / 4 * 64, 64);  // of the warpgroup
+    const int index = pipeline.load(n).unit;
+    const Unit unit = make_unit<Traits>(g, index);
+    const TileQueries own_queries = queries_of_rows(g, unit, warpgroup * 64, 64);  // of the warpgroup
     UnitRow row = make_unit_row(g, unit, warp * 16 + threadIdx.x % 16);
     // Asked for now, looked at behind the loop.
     const int slot = __ldg(p.shared.slots + static_cast<int64_t>(unit.head) * g.num_queries + row.query_in_chunk);
 
     Output<Traits> o = {};
     OnlineSoftmax softmax;
+    Scores<Traits> s;
+    Probs<Traits> probs;
+    HeldQueries<Traits> q;
     bool nonfinite_values = false;
-    for (bool more = true; more; ++n) {
+    int held = -1;  // the load whose P V is to come
+    const auto finish_held = [&] {
+        begin_pv<Traits>(o, probs, pipeline.v_tile(held));
+        wgmma_wait<0>();
+        pipeline.arrive_empty(held);
+        held = -1;
+    };
+    pipeline.wait_queries(u);
+    hold_queries<Traits>(q, stage);
+    for (;; ++n) {
         pipeline.wait_full(n);
         const Load<Traits>& load = pipeline.load(n);
-        more = !load.last_of_unit;
-        if (load.block.queries.overlap(own_queries)) {
-            for (const bool seen : load.nonfinite_values) nonfinite_values |= seen;
-            Scores<Traits> s;
-            Probs<Traits> probs;
-            compute_scores_sm90<Traits>(s, stage, pipeline.k_tile(n));
-            update_softmax<Traits>(probs, softmax, o, s, row_in_block(row, load.block), p.softmax_scale_log2);
-            accumulate_pv<Traits>(o, probs, pipeline.v_tile(n));
+        if (uniform(load.unit != index)) break;
+        const bool concerned = uniform(load.block.queries.overlap(own_queries));
+        const QueryRow row_of_load = row_in_block(row, load.block);
+        pipeline.await_turn(warpgroup, n);
+        if (held >= 0) begin_pv<Traits>(o, probs, pipeline.v_tile(held));
+        if (concerned) begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
+        pipeline.pass_turn(warpgroup);
+        wgmma_wait<0>();
+        if (held >= 0) pipeline.arrive_empty(held);
+        if (concerned) {
+            nonfinite_values |= load.has_nonfinite_values();
+            update_softmax<Traits>(probs, softmax, o, s, row_of_load, p.softmax_scale_log2);
+            held = n;
+            if constexpr (!Traits::kDefersValues) finish_held();
+        } else {
+            pipeline.arrive_empty(n);
+            held = -1;
         }
-        pipeline.arrive_empty(n);
     }
+    if (held >= 0) finish_held();
 
     if (row.exists && slot >= 0)
         row.partial_row = (row.query_in_chunk * g.topk + slot) * g.subs * g.group_size + row.group_head;
@@ -207,8 +263,7 @@ __device__ __forceinline__ int run_unit(
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    forward_shared_sm90(const __grid_constant__ ForwardSharedParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const __grid_constant__ Sm90Params p) {
     unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());
     using State = typename Pipeline<Traits>::State;
     const Pipeline<Traits> pipeline = {
@@ -217,13 +272,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp >= Traits::kWarps) {
+        if constexpr (Traits::kHoldsQueries) release_registers<Traits::kLoaderRegisters>();
         run_loader<Traits>(pipeline, warp - Traits::kWarps, p);
         return;
     }
+    if constexpr (Traits::kHoldsQueries) claim_registers<Traits::kRegisters>();
+    if (warp >= 4) pipeline.pass_turn(1);
     int n = 0;
     for (int u = 0;; ++u) {
         pipeline.wait_full(n);
-        if (pipeline.load(n).unit < 0) return;
+        if (uniform(pipeline.load(n).unit < 0)) return;
         n = run_unit<Traits>(pipeline, memory, n, u, p);
     }
 }
@@ -233,8 +291,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <typename T, int kHeadDim>
 void launch_forward_shared_sm90(const ForwardSharedParams& p, cudaStream_t stream) {
     using Traits = ForwardSharedTraits<T, kHeadDim>;
+    using Tile = typename Traits::Tile;
+    const auto map = [&](const RowTensor& tensor) {
+        return make_tensor_map<T, Tile>(tensor, p.geometry.sequences.total_k, p.num_kv_heads, p.geometry.head_dim);
+    };
+    const forward_shared::Sm90Params params = {p, map(p.k), map(p.v)};
     const auto kernel = forward_shared::forward_shared_sm90<Traits>;
-    launch("forward_shared_sm90", kernel, {dim3(sm_count()), Traits::kThreads, Traits::kSharedBytes}, p, stream);
+    launch("forward_shared_sm90", kernel, {dim3(sm_count()), Traits::kThreads, Traits::kSharedBytes}, params, stream);
 }
 
 }  // namespace fsa

@@ -16,10 +16,18 @@ struct ForwardSharedTraits {
     // warps a scheduler have 168 registers a thread, two have 255.
     static constexpr int kWarpgroups = kHeadDim <= 128 ? 2 : 1;
     static constexpr int kWarps = 4 * kWarpgroups;
-    static constexpr int kLoaders = 4;
+    static constexpr int kLoaders = 4, kCheckers = 2;
     static constexpr int kThreads = (kWarps + kLoaders) * 32;
     static constexpr int kRows = 64 * kWarpgroups;
     static constexpr int kMmaRows = 1;  // m16 tiles a warp
+
+    // Q stays in registers over all sub-blocks where they suffice: the loaders give some of theirs away.
+    static constexpr bool kHoldsQueries = kWarpgroups == 2;
+    static constexpr int kHeldQuerySteps = kHoldsQueries ? kHeadDim / 16 : 1;
+    static constexpr int kRegisters = 208, kLoaderRegisters = 88;
+    static_assert(
+        !kHoldsQueries || kWarps * kRegisters + kLoaders * kLoaderRegisters <= (kWarps + kLoaders) * 168,
+        "no more than the CTA starts with");
 
     // Columns of O a product: all stay in registers, kPasses times kColumns.
     static constexpr int kColumns = kHeadDim % 128 == 0 ? 128 : kHeadDim % 64 == 0 ? 64 : kHeadDim;
@@ -34,6 +42,8 @@ struct ForwardSharedTraits {
     static constexpr int kQueryBuffers = 2;
     static constexpr int kFitting = (kMaxSharedBytes - kQueryBuffers * kQueryBytes) / (2 * Tile::kBytes);
     static constexpr int kBuffers = kFitting < 4 ? kFitting : 4;
+    // P V of a sub-block waits for S of the next one, while the loaders are at the one behind it.
+    static constexpr bool kDefersValues = kBuffers >= 3;
     static constexpr int kQueriesOffset = kBuffers * 2 * Tile::kBytes;
     static constexpr int kStateOffset = kQueriesOffset + kQueryBuffers * kQueryBytes;
     static constexpr int kSharedBytes = kStateOffset + kStateBytes;

@@ -289,6 +289,7 @@ constexpr int fill_memory_bytes(int window) {
            (kWarps + window + 1) * static_cast<int>(sizeof(EdgesAndItems)) +
            (window + kWarps * window) * static_cast<int>(sizeof(int));
 }
+static_assert(fill_memory_bytes(kWindow) <= 99 * 1024, "what a CTA of any GPU from sm_80 on may have");
 
 __device__ __forceinline__ FillMemory carve_fill_memory(void* shared, int window) {
     FillMemory m;

@@ -32,7 +32,14 @@ struct Copy {
 // An mbarrier, as it lies in shared memory.
 struct Mbarrier {
     uint16_t arrivals, missing;
-    uint32_t phase;  // that has not ended
+    uint16_t missing_bytes;  // in units of 16
+    uint16_t phase;          // that has not ended
+
+    void end_phase_if_complete() {
+        if (missing > 0 || missing_bytes > 0) return;
+        missing = arrivals;
+        ++phase;
+    }
 };
 static_assert(sizeof(Mbarrier) == 8);
 
@@ -281,15 +288,22 @@ Mbarrier& mbarrier_at(uint32_t address) {
 }  // namespace
 
 void mbarrier_init(uint32_t address, int arrivals) {
-    mbarrier_at(address) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+    mbarrier_at(address) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
 }
 
-void mbarrier_arrive(uint32_t address) {
+void mbarrier_arrive(uint32_t address, int bytes) {
     running().proxy_fences_at_barrier = running().proxy_fences;
     Mbarrier& barrier = mbarrier_at(address);
-    if (--barrier.missing > 0) return;
-    barrier.missing = barrier.arrivals;
-    ++barrier.phase;
+    barrier.missing_bytes = static_cast<uint16_t>(barrier.missing_bytes + bytes / 16);
+    --barrier.missing;
+    barrier.end_phase_if_complete();
+}
+
+void mbarrier_complete(uint32_t address, int bytes) {
+    Mbarrier& barrier = mbarrier_at(address);
+    if (bytes % 16 != 0 || bytes / 16 > barrier.missing_bytes) fail("bytes at an mbarrier that does not expect them");
+    barrier.missing_bytes = static_cast<uint16_t>(barrier.missing_bytes - bytes / 16);
+    barrier.end_phase_if_complete();
 }
 
 void mbarrier_wait(uint32_t address, uint32_t parity) {

@@ -65,7 +65,8 @@ bool meet_cta(bool predicate);
 
 // Barriers in shared memory at which one thread a warp arrives, after its warp has met.
 void mbarrier_init(uint32_t address, int arrivals);
-void mbarrier_arrive(uint32_t address);
+void mbarrier_arrive(uint32_t address, int bytes = 0);  // which the phase waits for, too
+void mbarrier_complete(uint32_t address, int bytes);    // such bytes have come
 void mbarrier_wait(uint32_t address, uint32_t parity);
 
 // Copies of cp.async, in the order issued; they happen when waited for.

@@ -53,6 +53,12 @@ void cp_async_wait() {
     emulator::wait_copies(kPending);
 }
 
+template <int kRegisters>
+void release_registers() {}
+
+template <int kRegisters>
+void claim_registers() {}
+
 inline void store_global_16(void* global, const uint4& v, bool valid) {
     if (!valid) return;
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
@@ -63,6 +69,12 @@ inline uint4 load_shared_16(uint32_t shared) {
     uint4 v;
     std::memcpy(&v, shared_pointer(shared, 16), 16);
     return v;
+}
+
+inline uint32_t load_shared_4(uint32_t shared) {
+    uint32_t value;
+    std::memcpy(&value, shared_pointer(shared, 4), 4);
+    return value;
 }
 
 inline void store_shared_4(uint32_t shared, uint32_t value) {
@@ -153,12 +165,26 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int i = 0; i < 4; ++i) c[i] = own.c[i];
 }
 
+template <typename T>
+uint32_t add_zero_times(uint32_t x, uint32_t sum) {
+    uint32_t result = 0;
+    for (int i = 0; i < 2; ++i) {
+        const T half(std::fma(element<T>(x, i), 0.f, element<T>(sum, i)));
+        result |= static_cast<uint32_t>(std::bit_cast<uint16_t>(half)) << 16 * i;
+    }
+    return result;
+}
+
 inline float exp2_approx(float x) {
     return std::exp2(x);
 }
 
 inline float reciprocal_approx(float x) {
     return 1.f / x;
+}
+
+inline bool uniform(bool condition) {
+    return __any_sync(~0u, condition);
 }
 
 inline int thread_index_unhoisted() {
