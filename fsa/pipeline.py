@@ -36,9 +36,8 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
     limit = workspace.get_workspace_limit()
     shares_blocks = stages.shares_blocks(problem) and workspace.may_share_blocks(Sizes.of(problem), limit)
     sizes = Sizes.of(problem, shares_blocks)
-    if shares_blocks:  # by Hopper's copy engine, which takes no stride of 0
-        k, v = (x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x for x in (problem.k, problem.v))
-        problem = dataclasses.replace(problem, k=k, v=v)
+    if shares_blocks:  # which Hopper's copy engine loads
+        problem = dataclasses.replace(problem, k=_without_zero_strides(problem.k), v=_without_zero_strides(problem.v))
     with torch.cuda.device_of(q):
         scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
         for chunk in workspace.plan_chunks(sizes, "forward", limit):
@@ -97,6 +96,10 @@ def as_kernel_input(tensor: Tensor) -> Tensor:
         stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1]
     )
     return tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _without_zero_strides(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format) if 0 in tensor.stride() else tensor
 
 
 def _forward_chunk(

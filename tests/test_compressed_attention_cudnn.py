@@ -1,7 +1,7 @@
 """Compressed attention by cuDNN against dense attention in float64.
 
 On the CPU with plain PyTorch in place of the two calls of cuDNN: which token is in which row of them, what they may
-rely on, and the tail. On a Hopper GPU or a later one, with cuDNN itself.
+rely on, and the tail. On a Hopper GPU, with cuDNN itself.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fsa.module.compressed_attention import compressed_attention
 
 CPU = torch.device("cpu")
 SPARE_WINDOWS = 3  # rows of compressed_k beyond the last window: full of NaN
-HAS_CUDNN = HAS_GPU and torch.cuda.get_device_capability(DEVICE) >= (9, 0) and torch.backends.cuda.cudnn_sdp_enabled()
+HAS_CUDNN = HAS_GPU and torch.cuda.get_device_capability(DEVICE)[0] == 9 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def needs_cudnn(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs the test on a Hopper GPU or a later one alone."""
-    reason = "no Hopper or later GPU, or cuDNN's attention is off"
+    """Runs the test on a Hopper GPU alone."""
+    reason = "no Hopper GPU, or cuDNN's attention is off"
     return pytest.mark.gpu(pytest.mark.skipif(HAS_GPU and not HAS_CUDNN, reason=reason)(test))
 
 

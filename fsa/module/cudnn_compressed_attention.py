@@ -1,4 +1,4 @@
-"""Compressed attention of one sequence by cuDNN's fused attention, as torch ships it, on Hopper and later GPUs.
+"""Compressed attention of one sequence by cuDNN's fused attention, as torch ships it, on Hopper GPUs.
 
 Windows have w tokens and begin every s tokens: token p sees windows 0 to (p - (w - 1)) // s, rounded down. The tokens
 before w - 1 see none. Count the others from there, and write their number as s * i + r with 0 <= r < s: such a token
@@ -98,7 +98,8 @@ def takes(q: Tensor, compressed_k: Tensor, cu_seqlens: Tensor, kernel_size: int,
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+    # Where it has been measured.
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def forward(
