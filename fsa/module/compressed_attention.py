@@ -70,7 +70,8 @@ def compressed_attention(
         backend: "auto" (CUDA tensors: triton if it runs and takes the dtype, else reference; CPU tensors: reference),
             "triton" (fp16, bf16, fp32) or "reference" (also float64). In place of triton, "auto" takes cuDNN where that
             is faster: on Hopper GPUs, for one sequence of 1,536 windows and more in fp16 or bf16 with head_dim up to
-            128; in the backward, if lse got no gradient.
+            128; in the backward, if lse got no gradient. It takes the sequence to be all of q, without a look at
+            cu_seqlens.
 
     Nothing waits for the GPU. Gradients flow to q, compressed_k and compressed_v through out and lse, once. Under
     autocast the three are cast to its dtype. The same bits come every time, but for the gradients of cuDNN, which adds

@@ -63,7 +63,7 @@ void meet_warpgroup(const char* where, void* argument, void (*resolve)(void* con
 // All threads of the CTA that have not ended meet here; returns whether any brought true.
 bool meet_cta(bool predicate);
 
-// Barriers in shared memory at which one thread a warp arrives, after its warp has met.
+// Barriers in shared memory.
 void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_arrive(uint32_t address, int bytes = 0);  // which the phase waits for, too
 void mbarrier_complete(uint32_t address, int bytes);    // such bytes have come
