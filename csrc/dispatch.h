@@ -72,6 +72,12 @@ constexpr bool has_forward_shared(int block_size) {
     return block_size % 64 == 0;
 }
 
+// Whether there is a kernel for the scores of blocks of that many strides, on sm_90a, which has room for a few whole blocks in
+// a tile and reads four windows at a time.
+constexpr bool has_block_scores(int ratio) {
+    return ratio == 4 || ratio == 8 || ratio == 16;
+}
+
 // arch: the newest GPU architecture whose kernels may run, 80 or 90. Calls sm90() when it is 90 and there is such a
 // kernel, else sm80().
 template <bool kHasSm90, typename Sm80, typename Sm90>

@@ -140,6 +140,42 @@ struct ForwardReduceParams {
     int num_kv_heads;                // of the tensors, not of the chunk
 };
 
+// Keys are compressed ones here: a window of kernel_size tokens every kernel_stride tokens.
+struct BlockScoresParams {
+    Sequences sequences;
+    RowTensor q;       // [total_q, num_heads, head_dim]
+    RowTensor k;       // [total_k, num_kv_heads, head_dim]
+    const float* lse;  // [num_heads, total_q], natural log
+    float* scores;     // [query_end - query_begin, num_kv_heads, scores_stride]; written up to a query's own block
+    int scores_stride;
+    int query_begin, query_end;  // query tokens of the chunk
+    int num_kv_heads;
+    int group_size;
+    int head_dim;
+    int block_size;
+    int kernel_size;
+    int kernel_stride;
+    int log2_ratio;            // log2 of block_size / kernel_stride
+    int span;                  // kernel_size / kernel_stride
+    float softmax_scale_log2;  // > 0
+    FastDivider by_group_size;
+    FastDivider by_kernel_stride;
+    // Units of work (selection/score_units.cuh); the launcher's.
+    int run_tiles, num_splits, num_units;
+};
+
+struct SelectTopkParams {
+    Sequences sequences;  // of query tokens alone
+    const float* scores;  // as in BlockScoresParams; not negative, NaN counts as 0
+    int32_t* topk_idx;    // [num_kv_heads, total_q, topk]; written for the query tokens of the chunk
+    int scores_stride;
+    int query_begin, query_end;  // query tokens of the chunk
+    int num_kv_heads;
+    int block_size;
+    int topk;
+    int init_blocks, local_blocks;
+};
+
 struct BackwardPreprocessParams {
     RowTensor out;      // [total_q, num_heads, head_dim]
     RowTensor dout;     // [total_q, num_heads, head_dim]

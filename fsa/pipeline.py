@@ -36,8 +36,8 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
     limit = workspace.get_workspace_limit()
     shares_blocks = stages.shares_blocks(problem) and workspace.may_share_blocks(Sizes.of(problem), limit)
     sizes = Sizes.of(problem, shares_blocks)
-    if shares_blocks:  # which Hopper's copy engine loads
-        problem = dataclasses.replace(problem, k=_without_zero_strides(problem.k), v=_without_zero_strides(problem.v))
+    if shares_blocks:
+        problem = dataclasses.replace(problem, k=without_zero_strides(problem.k), v=without_zero_strides(problem.v))
     with torch.cuda.device_of(q):
         scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
         for chunk in workspace.plan_chunks(sizes, "forward", limit):
@@ -98,7 +98,8 @@ def as_kernel_input(tensor: Tensor) -> Tensor:
     return tensor if aligned and tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _without_zero_strides(tensor: Tensor) -> Tensor:
+def without_zero_strides(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where a dimension is expanded: Hopper's copy engine does not read such."""
     return tensor.clone(memory_format=torch.contiguous_format) if 0 in tensor.stride() else tensor
 
 

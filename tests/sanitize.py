@@ -1,4 +1,4 @@
-"""A short matrix of shapes through the CUDA backend, forward and backward, for NVIDIA's compute-sanitizer:
+"""A short matrix of shapes through the CUDA kernels, selected attention and selection, for NVIDIA's compute-sanitizer:
 
     for tool in memcheck racecheck initcheck synccheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py
@@ -14,6 +14,7 @@ where it is missing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ if not torch.cuda.is_available():
 from cases import Case, cases, first_block_by_all
 from harness import DEVICE, run
 from reference import Results
+from selection_cases import CUDA_CASES, assert_selected, make
 from tolerances import complaint, expected_results
 
 import fsa
@@ -69,7 +71,24 @@ def main() -> int:
             wrong += bool(problems)
             verdict = "; ".join(problems) or "right"
             print(f"{case.name:<26} {name:<9} {time.perf_counter() - begin:6.2f} s  {verdict}", flush=True)
-    print(f"{wrong} of {len(options.dtypes) * len(MATRIX)} wrong")
+        wrong += check_selection(options.backend, getattr(torch, name))
+    print(f"{wrong} of {len(options.dtypes) * (len(MATRIX) + len(CUDA_CASES))} wrong")
+    return wrong
+
+
+def check_selection(backend: str, dtype: torch.dtype) -> int:
+    """The cases of block selection; returns the number of those that are wrong."""
+    wrong = 0
+    for case in CUDA_CASES:
+        begin = time.perf_counter()
+        problem = make(dataclasses.replace(case, dtype=dtype))
+        topk_idx, verdict = problem.select(backend), "right"
+        try:
+            assert_selected(topk_idx, problem)
+        except AssertionError as error:
+            verdict = f"topk_idx: {error}"
+        wrong += verdict != "right"
+        print(f"{case.name:<26} {dtype!s:<9} {time.perf_counter() - begin:6.2f} s  {verdict}", flush=True)
     return wrong
 
 

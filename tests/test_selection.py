@@ -5,6 +5,7 @@ from __future__ import annotations
 import nsa_reference
 import pytest
 import torch
+from harness import skip_unless_usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from module_inputs import call_op, cu_seqlens_of, make_arguments, randn
@@ -76,9 +77,18 @@ def test_ties_go_to_the_first_block() -> None:
     assert take_highest(scores, torch.tensor([-1]), 2, 1, 1).tolist() == [[[-1, -1]]]
 
 
-@pytest.mark.parametrize("name", ["select_blocks", "_select_blocks_reference"])
-def test_selection_opcheck(name: str) -> None:
-    q, k, v, *rest = make_arguments(dtype=torch.float32, requires_grad=False)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("select_blocks", torch.float32),
+        ("_select_blocks_reference", torch.float32),
+        ("_select_blocks_cuda", torch.float16),
+    ],
+)
+def test_selection_opcheck(name: str, dtype: torch.dtype) -> None:
+    if name.endswith("cuda"):
+        skip_unless_usable("cuda")
+    q, k, v, *rest = make_arguments(dtype=dtype, requires_grad=False)
     _, lse = call_op((q, k, v, *rest))
     arguments = (q, k, lse, *rest[:4], 32, 3, 1, 1, None)
     torch.library.opcheck(getattr(torch.ops.fsa, name).default, arguments)

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cfloat>
 
 #include "backward/main.h"
 #include "backward/preprocess.h"
@@ -13,6 +12,7 @@
 #include "forward/reduce.h"
 #include "forward/shared.h"
 #include "forward/split.h"
+#include "host/arguments.h"
 #include "host/checks.h"
 #include "host/context.h"
 #include "params.h"
@@ -109,26 +109,6 @@ PlanView plan_view(
         static_cast<int32_t*>(next_item.mutable_data_ptr()),
         static_cast<int>(max_items),
         static_cast<int>(edges_per_item)};
-}
-
-RowTensor row_tensor(
-    const Tensor& t, const char* name, ScalarType dtype, int64_t tokens, int64_t heads, int64_t head_dim) {
-    check_rows(t, name, dtype);
-    STD_TORCH_CHECK(t.size(0) == tokens && t.size(1) == heads && t.size(2) == head_dim, name, " has the wrong shape");
-    return {t.const_data_ptr(), t.stride(0), t.stride(1)};
-}
-
-bool is_bf16(const Tensor& t) {
-    const ScalarType dtype = t.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "expected fp16 or bf16");
-    return dtype == ScalarType::BFloat16;
-}
-
-// Scores are scaled inside exp2. Positive, so that the largest score is the largest logit; not so small that it would
-// flush to zero, and -inf times it be NaN.
-float scale_log2(double softmax_scale) {
-    STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive");
-    return std::max(static_cast<float>(softmax_scale * 1.4426950408889634), FLT_MIN);
 }
 
 KeyValueGradients key_value_gradients(

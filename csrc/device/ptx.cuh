@@ -168,6 +168,11 @@ __device__ __forceinline__ bool uniform(bool condition) {
     return __any_sync(~0u, condition);
 }
 
+// The same of a number, such as an address in the descriptors of products.
+__device__ __forceinline__ uint32_t uniform_value(uint32_t value) {
+    return __shfl_sync(~0u, value, 0);
+}
+
 // threadIdx.x, read anew at every call: what is computed from it is not hoisted out of a persistent loop, where a
 // dozen addresses used once an item would hold registers that the inner loop needs.
 __device__ __forceinline__ int thread_index_unhoisted() {

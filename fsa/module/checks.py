@@ -27,9 +27,9 @@ from ..checks import (
 if TYPE_CHECKING:
     from .rope import RopeConfig
 
-# The other parts of the module have no CUDA kernels of their own.
 BACKENDS = ("auto", "triton", "reference")
-MODULE_BACKENDS = ("auto", "cuda", "triton", "reference")
+# Of the module, and of the parts that have CUDA kernels of their own.
+CUDA_BACKENDS = ("auto", "cuda", "triton", "reference")
 COMPRESSIONS = ("linear", "mean")
 GATES = ("token", "head")
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -42,10 +42,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {listed(choices)}, got {value!r}; pass one of them")
 
 
-def choose_backend(family: str, x: Tensor, what: str) -> str:
-    """The backend that runs an op of the module, "triton" or "reference"; raises if the one asked for cannot."""
+def choose_backend(family: str, x: Tensor, what: str, kernels: tuple[str, ...] = ("triton",)) -> str:
+    """The backend that runs an op of the module, of `kernels` or "reference"; raises if the one asked for cannot."""
     if family == "auto":
-        return backends.choose(x.device, x.dtype, ("triton",), what)
+        return backends.choose(x.device, x.dtype, kernels, what)
     backends.require(family, x.device)
     return family
 

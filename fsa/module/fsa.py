@@ -92,7 +92,7 @@ class FlashSparseAttention(nn.Module):
         checks.check_selection(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
         checks.check_choice("compression", compression, checks.COMPRESSIONS)
         checks.check_choice("gate", gate, checks.GATES)
-        checks.check_choice("backend", backend, checks.MODULE_BACKENDS)
+        checks.check_choice("backend", backend, checks.CUDA_BACKENDS)
         self.hidden_size = hidden_size
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..pipeline import as_kernel_input
 from ..registration import Definition, register
-from . import checks
+from . import checks, cuda_selection
 from .compressed_attention import keys_by_head, queries_by_head, resolve_scale, seen_windows
 from .packed import packed_rows
 
@@ -17,7 +18,12 @@ _SCHEMA = (
     "(Tensor q, Tensor compressed_k, Tensor lse, Tensor cu_seqlens, Tensor compressed_cu_seqlens, int kernel_size, "
     "int kernel_stride, int block_size, int topk, int init_blocks, int local_blocks, float? softmax_scale) -> Tensor"
 )
-_OP_NAMES = {"auto": "select_blocks", "triton": "_select_blocks_triton", "reference": "_select_blocks_reference"}
+_OP_NAMES = {
+    "auto": "select_blocks",
+    "cuda": "_select_blocks_cuda",
+    "triton": "_select_blocks_triton",
+    "reference": "_select_blocks_reference",
+}
 
 
 def select_blocks(
@@ -58,7 +64,8 @@ def select_blocks(
         topk: slots, init_blocks + local_blocks to 512.
         init_blocks, local_blocks: how many blocks are taken without regard to scores.
         softmax_scale: as in `compressed_attention`.
-        backend: as in `compressed_attention`.
+        backend: as in `compressed_attention`, or "cuda", which "auto" takes where it can: on a GPU of compute
+            capability 9.0, for fp16 and bf16, and blocks of 4, 8 or 16 strides.
 
     Deterministic. There is no gradient. Nothing waits for the GPU.
 
@@ -71,7 +78,7 @@ def select_blocks(
         ValueError: a shape, dtype, device or value against the contract.
         RuntimeError: the chosen backend is not usable.
     """
-    checks.check_choice("backend", backend, checks.BACKENDS)
+    checks.check_choice("backend", backend, checks.CUDA_BACKENDS)
     checks.check_tensors(
         q=q, compressed_k=compressed_k, lse=lse, cu_seqlens=cu_seqlens, compressed_cu_seqlens=compressed_cu_seqlens
     )
@@ -93,17 +100,30 @@ def _check(family: str, values: tuple[Any, ...]) -> None:
     checks.check_lse(q, lse)
 
 
+def _choose_backend(family: str, q: Tensor, kernel_stride: int, block_size: int) -> str:
+    """The backend that runs the selection; raises if the one asked for cannot."""
+    if not backends.status("cuda", q.device).usable:
+        return checks.choose_backend(family, q, "block selection")
+    obstacle = cuda_selection.obstacle(q.device, kernel_stride, block_size)
+    if family == "cuda" and obstacle:
+        raise RuntimeError(f"backend must have kernels for the selection, got backend='cuda': {obstacle}; use 'auto'")
+    has_kernels = not obstacle and q.dtype in backends.DTYPES["cuda"]
+    return checks.choose_backend(family, q, "block selection", ("cuda", "triton") if has_kernels else ("triton",))
+
+
 def _forward(family: str, *values: Any) -> Tensor:
     q, compressed_k, lse, *rest = values
-    backend = checks.choose_backend(family, q, "block selection")
+    backend = _choose_backend(family, q, kernel_stride=values[6], block_size=values[7])
     _check(family, values)
     arguments = resolve_scale(q, rest)
     if backend == "reference":
         return _reference(q, compressed_k, lse, *arguments)
+    q, compressed_k, lse = as_kernel_input(q), as_kernel_input(compressed_k), lse.contiguous()
+    if backend == "cuda":
+        return cuda_selection.select_blocks(q, compressed_k, lse, *arguments)
     from . import triton_selection  # needs triton
 
-    q, compressed_k = as_kernel_input(q), as_kernel_input(compressed_k)
-    return triton_selection.select_blocks(q, compressed_k, lse.contiguous(), *arguments)
+    return triton_selection.select_blocks(q, compressed_k, lse, *arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

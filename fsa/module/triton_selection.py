@@ -7,24 +7,18 @@
 A program of block_scores keeps its tile of query tokens and walks a few tiles of windows. The columns of a tile of
 scores are ordered so that the windows of a block stand in registers of one thread: column r * TILE_BLOCKS + j is window
 r of block j. A window that begins in block j - 1 may reach into block j; tiles therefore overlap by one block.
-
-A token sees at most the blocks up to its index among all tokens, so chunks of early tokens have short rows, and are
-longer.
 """
 
 from __future__ import annotations
-
-import bisect
-import itertools
 
 import torch
 import triton
 import triton.language as tl
 
+from fsa.module import score_chunks
 from fsa.module.triton_windows import SIZES, choose_tiles, load_normaliser, load_seen_rows, seen_windows
 from triton_ref.common import LOG2_E, load_rows, matmul, padded_dim, sequence_bounds, sequence_of_query
 
-WORKSPACE_BYTES = 64 * 2**20  # of the scores of a chunk at most, beyond one tile of query tokens
 # TILE_WINDOWS: windows, and so columns, of a tile. WALK: tiles of windows that a program walks. maxnreg: registers a
 # thread, so that three CTAs fit an SM.
 SCORES_TILES = {
@@ -279,29 +273,6 @@ def scores_tiles(q: torch.Tensor, group_size: int, ratio: int) -> dict[str, int]
     return {**tiles, "COLUMNS": columns, "TILE_BLOCKS": tile_blocks}
 
 
-def row_stride(chunk_end: int, block_size: int) -> int:
-    """Scores that a query token of a chunk has at most, rounded up so that rows are aligned."""
-    return triton.cdiv(triton.cdiv(chunk_end, block_size), 16) * 16
-
-
-def chunk_bounds(total: int, num_kv_heads: int, block_size: int, tile_q: int) -> list[int]:
-    """Where chunks of query tokens begin and the last one ends.
-
-    Each is as long as its scores fit the workspace, and one tile of query tokens at least.
-    """
-    bounds = [0]
-    while bounds[-1] < total:
-        begin = bounds[-1]
-        sizes = range(tile_q, total - begin + tile_q, tile_q)
-        fitting = bisect.bisect_right(
-            sizes,
-            WORKSPACE_BYTES // (4 * num_kv_heads),
-            key=lambda tokens: tokens * row_stride(min(begin + tokens, total), block_size),
-        )
-        bounds.append(min(begin + max(fitting, 1) * tile_q, total))
-    return bounds
-
-
 def select_blocks(
     q: torch.Tensor,
     compressed_k: torch.Tensor,
@@ -344,13 +315,13 @@ def select_blocks(
     group_size = num_heads // num_kv_heads
     tiles = scores_tiles(q, group_size, block_size // kernel_stride)
     blocks_a_program = (tiles["TILE_BLOCKS"] - (kernel_size > kernel_stride)) * tiles["WALK"]
-    chunks = list(itertools.pairwise(chunk_bounds(total, num_kv_heads, block_size, tiles["TILE_Q"])))
-    num_scores = max((end - begin) * num_kv_heads * row_stride(end, block_size) for begin, end in chunks)
+    chunks = list(score_chunks.chunks(total, num_kv_heads, block_size, tiles["TILE_Q"]))
+    num_scores = max((end - begin) * num_kv_heads * score_chunks.row_stride(end, block_size) for begin, end in chunks)
     scores = torch.empty(num_scores, dtype=torch.float32, device=q.device)
     sizes = {"batch": cu_seqlens.shape[0] - 1, "total": total, "num_kv_heads": num_kv_heads}
     with torch.cuda.device_of(q):
         for chunk_begin, chunk_end in chunks:
-            scores_stride = row_stride(chunk_end, block_size)
+            scores_stride = score_chunks.row_stride(chunk_end, block_size)
             num_blocks = triton.cdiv(chunk_end, block_size)  # no token of the chunk is in a later one of its sequence
             num_splits = triton.cdiv(num_blocks, blocks_a_program)
             num_tiles = triton.cdiv(chunk_end - chunk_begin, tiles["TILE_Q"]) + sizes["batch"]

@@ -1,4 +1,5 @@
 // csrc/bindings/bindings.cpp for the emulator: the same ops, for CPU tensors.
+#include "bindings/selection.h"
 #include "bindings/stages.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,4 +13,6 @@ STABLE_TORCH_LIBRARY_IMPL(fsa, CPU, m) {
     m.impl("_backward_preprocess", TORCH_BOX(&fsa::backward_preprocess));
     m.impl("_backward_main", TORCH_BOX(&fsa::backward_main));
     m.impl("_backward_reduce", TORCH_BOX(&fsa::backward_reduce));
+    m.impl("_block_scores", TORCH_BOX(&fsa::block_scores));
+    m.impl("_select_topk", TORCH_BOX(&fsa::select_topk));
 }

@@ -228,6 +228,10 @@ inline float __int_as_float(int x) {
     return std::bit_cast<float>(x);
 }
 
+inline int __float_as_int(float x) {
+    return std::bit_cast<int>(x);
+}
+
 inline float __uint_as_float(unsigned x) {
     return std::bit_cast<float>(x);
 }

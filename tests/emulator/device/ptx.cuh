@@ -187,6 +187,10 @@ inline bool uniform(bool condition) {
     return __any_sync(~0u, condition);
 }
 
+inline uint32_t uniform_value(uint32_t value) {
+    return __shfl_sync(~0u, value, 0);
+}
+
 inline int thread_index_unhoisted() {
     return static_cast<int>(threadIdx.x);
 }

@@ -1,4 +1,4 @@
-"""The Triton kernels that select blocks, against scores in float64."""
+"""Problems of block selection, their scores in float64, and what a selection must be: for tests and sanitize.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
-from harness import DEVICE, HAS_GPU, skip_unless_usable
+from harness import DEVICE, HAS_GPU
 from torch import Tensor
 
-pytest.importorskip("triton")
+from fsa.module.selection import select_blocks
 
-from fsa.module import triton_selection  # noqa: E402
-from fsa.module.selection import select_blocks  # noqa: E402
-
+RATIOS = (4, 8, 16)  # strides of a block, of which CUDA has kernels
 DTYPES = (torch.bfloat16, torch.float16) if HAS_GPU else (torch.float16, torch.float32)
 SPARE_WINDOWS = 3  # rows of compressed_k beyond the last window: full of NaN
 
@@ -54,13 +51,12 @@ class Problem:
     error: Tensor  # what fp32 arithmetic may do to them
     own_block: Tensor  # [total]
 
-    def select(self) -> Tensor:
-        """topk_idx of the Triton kernels."""
-        skip_unless_usable("triton")
+    def select(self, backend: str) -> Tensor:
+        """topk_idx of the kernels of a backend."""
         names = ("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks")
         options = {name: getattr(self.case, name) for name in names}
         tensors = (self.q, self.k, self.lse, self.cu_seqlens, self.compressed_cu_seqlens)
-        return select_blocks(*(x.to(DEVICE) for x in tensors), **options, backend="triton").cpu()
+        return select_blocks(*(x.to(DEVICE) for x in tensors), **options, backend=backend).cpu()
 
 
 def make(case: Case) -> Problem:
@@ -168,82 +164,14 @@ CASES = [
     Case("all_forced", (500,), init_blocks=2, local_blocks=2),
     Case("large_logits", (500,), edit=large_logits),
 ]
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_selection(case: Case) -> None:
-    problem = make(case)
-    assert_selected(problem.select(), problem)
-
-
-def test_selection_in_another_dtype() -> None:
-    problem = make(Case("another_dtype", (300, 150), dtype=DTYPES[1]))
-    assert_selected(problem.select(), problem)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of query tokens that begin inside sequences, and tiles at other places."""
-    problem = make(Case("chunks", (3, 250, 0, 190), num_kv_heads=2))
-    whole = problem.select()
-    monkeypatch.setattr(triton_selection, "WORKSPACE_BYTES", 0)
-    assert torch.equal(problem.select(), whole)
-
-
-def test_one_row_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in long sequences, whose rows fill a program."""
-    problem = make(Case("one_row", (200,), block_size=32, topk=5))
-    together = problem.select()
-    monkeypatch.setattr(triton_selection, "KEYS_PER_TILE", 1)
-    assert torch.equal(problem.select(), together)
-
-
-def test_ties_go_to_the_lower_id() -> None:
-    """Queries of zero: every window weighs the same, and so does every block but the first and the last ones."""
-
-    def zero_queries(q: Tensor, k: Tensor) -> None:
-        q.zero_()
-
-    problem = make(Case("ties", (600,), init_blocks=0, topk=4, edit=zero_queries))
-    topk_idx = problem.select()
-    position = torch.arange(600)
-    settled = position >= 64 * 8  # blocks 1 to 4 are complete; block 0 has no window from the left
-    own = position[settled, None] // 64
-    expected = torch.cat([torch.tensor([[1, 2]]).expand(len(own), 2), own - 1, own], 1)
-    assert torch.equal(topk_idx[0, settled].long(), expected)
-
-
-def test_nan_keys() -> None:
-    """A window of NaN: the blocks that it touches count as 0 for the queries that see it; others do not notice."""
-    case = Case("nan_keys", (500,), local_blocks=1)
-    clean = make(case)
-    clean_idx = clean.select()
-    clean.k[9] = torch.nan  # tokens 144 to 175, block 2
-    topk_idx = clean.select()
-    assert torch.equal(topk_idx[:, :175], clean_idx[:, :175])
-    assert (topk_idx.diff()[topk_idx[..., 1:] >= 0] > 0).all()
-    many_blocks = torch.arange(500) >= 64 * 5  # more than topk without block 2
-    assert not (topk_idx[:, many_blocks] == 2).any()
-
-
-def test_same_bits_every_time() -> None:
-    problem = make(Case("deterministic", (400, 80)))
-    assert torch.equal(problem.select(), problem.select())
-
-
-def test_no_tokens_and_no_windows() -> None:
-    assert make(Case("no_tokens", (0, 0))).select().shape == (1, 0, 4)
-    topk_idx = make(Case("no_windows", (7,))).select()
-    assert torch.equal(topk_idx, torch.tensor([0, -1, -1, -1], dtype=torch.int32).expand(1, 7, 4))
-
-
-def test_workspace_is_bounded() -> None:
-    """Of 128K tokens too. Chunks follow each other, and begin at whole tiles of query tokens."""
-    for total, num_kv_heads, block_size in ((131072, 4, 64), (131072, 32, 32), (1000, 1, 64)):
-        bounds = triton_selection.chunk_bounds(total, num_kv_heads, block_size, 64)
-        assert (bounds[0], bounds[-1]) == (0, total)
-        for begin, end in itertools.pairwise(bounds):
-            row = triton_selection.row_stride(end, block_size)
-            assert begin % 64 == 0 and begin < end and row * block_size >= end
-            assert 4 * (end - begin) * num_kv_heads * row <= 64 * 2**20
+CUDA_CASES = [
+    *(case for case in CASES if case.block_size // case.kernel_stride in RATIOS),
+    Case("blocks_of_8_strides", (900,), block_size=128, group_size=3, head_dim=64),
+    Case("blocks_of_16_strides", (900, 70), block_size=256, kernel_size=64, topk=3, local_blocks=1),
+    Case("head_dim_96", (300,), head_dim=96),
+    Case("head_dim_256", (500,), head_dim=256, kernel_stride=8, num_kv_heads=2),
+    Case("several_tiles_of_windows", (2300,), kernel_size=8, kernel_stride=8, block_size=32, topk=6, group_size=1),
+    # The best 29 of the blocks that scores decide on, more than lanes that have any; and more slots than lanes
+    Case("slots_as_many_as_lanes", (1700,), kernel_size=8, kernel_stride=8, block_size=32, topk=32, group_size=1),
+    Case("more_slots_than_lanes", (1700,), kernel_size=16, kernel_stride=8, block_size=32, topk=45, group_size=1),
+]
