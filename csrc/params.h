@@ -158,10 +158,9 @@ struct BlockScoresParams {
     int log2_ratio;            // log2 of block_size / kernel_stride
     int span;                  // kernel_size / kernel_stride
     float softmax_scale_log2;  // > 0
-    FastDivider by_group_size;
     FastDivider by_kernel_stride;
     // Units of work (selection/score_units.cuh); the launcher's.
-    int run_tiles, num_splits, num_units;
+    int run_tiles, num_splits;
 };
 
 struct SelectTopkParams {

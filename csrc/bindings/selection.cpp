@@ -18,7 +18,7 @@ Sequences sequences_of(
     check_buffer(cu_seqlens_q, "cu_seqlens", ScalarType::Int, {batch + 1});
     check_buffer(cu_seqlens_k, "compressed_cu_seqlens", ScalarType::Int, {batch + 1});
     STD_TORCH_CHECK(0 <= query_begin && query_begin < query_end && query_end <= total_q, "queries out of range");
-    STD_TORCH_CHECK(total_q <= INT32_MAX && total_k <= INT32_MAX && batch <= INT32_MAX, "too many rows");
+    STD_TORCH_CHECK(total_q <= INT32_MAX / 2 && total_k <= INT32_MAX / 2 && batch <= INT32_MAX / 2, "too many rows");
     return {
         static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()),
         static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr()), static_cast<int>(batch), static_cast<int>(total_q),
@@ -30,10 +30,10 @@ void check_scores(
     const Tensor& scores, int64_t num_queries, int64_t num_kv_heads, int64_t query_end, int64_t block_size) {
     STD_TORCH_CHECK(scores.dim() == 3, "scores must have 3 dimensions");
     check_buffer(scores, "scores", ScalarType::Float, {num_queries, num_kv_heads, scores.size(2)});
-    STD_TORCH_CHECK(block_size >= 1 && block_size <= INT32_MAX, "block_size out of range");
+    STD_TORCH_CHECK(block_size >= 1 && block_size <= INT32_MAX / 2, "block_size out of range");
     STD_TORCH_CHECK(
         scores.size(2) >= (query_end + block_size - 1) / block_size, "scores must have room for all blocks");
-    STD_TORCH_CHECK(scores.size(2) <= INT32_MAX && num_kv_heads <= INT32_MAX, "too many scores");
+    STD_TORCH_CHECK(scores.size(2) <= INT32_MAX && num_kv_heads >= 1 && num_kv_heads <= INT32_MAX, "too many scores");
 }
 
 int log2_of(int64_t power) {
@@ -51,15 +51,16 @@ void block_scores(
     const ScalarType dtype = q.scalar_type();
     const int64_t total_q = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
     const int64_t total_k = compressed_k.size(0), num_kv_heads = compressed_k.size(1);
-    STD_TORCH_CHECK(total_k >= 1 && num_kv_heads >= 1 && num_heads % num_kv_heads == 0, "heads must form groups");
+    STD_TORCH_CHECK(
+        total_k >= 1 && num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0, "heads must form groups");
     STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8");
     STD_TORCH_CHECK(
         kernel_stride >= 1 && kernel_size % kernel_stride == 0 && block_size % kernel_stride == 0 &&
             kernel_size >= kernel_stride && kernel_size <= block_size,
         "windows and blocks must be made of whole strides");
+    check_scores(scores, query_end - query_begin, num_kv_heads, query_end, block_size);
     const int64_t ratio = block_size / kernel_stride;
     if (!has_block_scores(static_cast<int>(ratio))) no_instantiation("strides of a block", static_cast<int>(ratio));
-    check_scores(scores, query_end - query_begin, num_kv_heads, query_end, block_size);
     check_buffer(lse, "lse", ScalarType::Float, {num_heads, total_q});
 
     BlockScoresParams p = {};
@@ -80,7 +81,6 @@ void block_scores(
     p.log2_ratio = log2_of(ratio);
     p.span = static_cast<int>(kernel_size / kernel_stride);
     p.softmax_scale_log2 = scale_log2(softmax_scale);
-    p.by_group_size = FastDivider(p.group_size);
     p.by_kernel_stride = FastDivider(p.kernel_stride);
 
     const DeviceGuard guard(q.get_device());

@@ -90,6 +90,7 @@ struct Pipeline {
     }
     __device__ __forceinline__ void pass_turn(int warpgroup) const {
         const int next = warpgroup == Traits::kWarpgroups - 1 ? 0 : warpgroup + 1;
+        __syncwarp();  // every lane has seen its turn
         if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.turns[next]));
     }
 };

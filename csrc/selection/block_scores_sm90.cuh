@@ -8,6 +8,10 @@
 // windows of a block come together in a lane, and out as whole rows.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "host/tensor_map.h"
@@ -245,12 +249,12 @@ void launch_block_scores_sm90(const BlockScoresParams& params, cudaStream_t stre
     const int num_blocks = (p.query_end + p.block_size - 1) / p.block_size;  // no query of the chunk is in a later one
     p.run_tiles = std::max(1, kMinItems / p.group_size);
     p.num_splits = (num_blocks + split_blocks - 1) / split_blocks;
-    const int num_runs = (p.query_end - p.query_begin) / (Traits::kTileQ * p.run_tiles) + p.sequences.batch;
-    const int64_t num_units = static_cast<int64_t>(num_runs) * p.num_kv_heads * p.num_splits;
-    if (num_units > INT32_MAX) throw std::runtime_error("fsa: too many sequences, heads and blocks for one selection");
-    p.num_units = static_cast<int>(num_units);
+    // Numbers of units are ints.
+    const int64_t most_runs = (p.query_end - p.query_begin) / Traits::kTileQ + static_cast<int64_t>(p.sequences.batch);
+    if (most_runs * p.num_kv_heads * p.num_splits > INT32_MAX / 2)
+        throw std::runtime_error("fsa: too many sequences, heads and blocks for one selection");
     const auto kernel = block_scores::block_scores_sm90<Traits>;
-    const LaunchShape shape = {dim3(std::min(p.num_units, sm_count())), Traits::kThreads, Traits::kSharedBytes};
+    const LaunchShape shape = {dim3(sm_count()), Traits::kThreads, Traits::kSharedBytes};
     launch("block_scores_sm90", kernel, shape, p, stream);
 }
 

@@ -30,7 +30,7 @@ _RATIOS = (4, 8, 16)  # strides of a block; csrc/dispatch.h, has_block_scores
 def obstacle(device: torch.device, kernel_stride: int, block_size: int) -> str:
     """Why these kernels cannot run, or nothing. The extension and its dtypes are the caller's to look at."""
     if kernel_arch(device) < 90:
-        return "block scores have CUDA kernels for compute capability 9.0 alone"
+        return "block scores have CUDA kernels for compute capability 9.0 alone, where built for it and not capped"
     if block_size not in (ratio * kernel_stride for ratio in _RATIOS):
         return (
             f"block scores have CUDA kernels for blocks of {', '.join(map(str, _RATIOS[:-1]))} or {_RATIOS[-1]} strides"
@@ -54,7 +54,8 @@ def select_blocks(
 ) -> Tensor:
     """The blocks with the largest sums of attention probabilities; arguments and results as in `triton_selection`.
 
-    q is fp16 or bf16. Beside topk_idx 64 MiB are allocated at most, or the scores of 64 query tokens if that is more.
+    q is fp16 or bf16. Beside topk_idx 64 MiB are allocated at most, or the scores of 64 query tokens if that is more,
+    and copies of what is expanded.
     """
     total, num_kv_heads, max_windows = q.shape[0], compressed_k.shape[1], compressed_k.shape[0]
     topk_idx = torch.empty((num_kv_heads, total, topk), dtype=torch.int32, device=q.device)

@@ -102,7 +102,7 @@ def _check(family: str, values: tuple[Any, ...]) -> None:
 
 def _choose_backend(family: str, q: Tensor, kernel_stride: int, block_size: int) -> str:
     """The backend that runs the selection; raises if the one asked for cannot."""
-    if not backends.status("cuda", q.device).usable:
+    if family not in ("auto", "cuda") or not backends.status("cuda", q.device).usable:
         return checks.choose_backend(family, q, "block selection")
     obstacle = cuda_selection.obstacle(q.device, kernel_stride, block_size)
     if family == "cuda" and obstacle:
