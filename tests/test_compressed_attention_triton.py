@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fsa.module import triton_compressed_attention_backward  # noqa: E402
+from fsa.module import triton_compressed_attention_dkv  # noqa: E402
 from fsa.module.compressed_attention import compressed_attention  # noqa: E402
 
 KERNEL_SIZE, KERNEL_STRIDE = 32, 16
@@ -235,5 +235,5 @@ def test_parts_are_bounded() -> None:
     """dK and dV in parts stay within their limit, whatever the shape."""
     for max_windows, num_kv_heads, head_dim in ((4095, 4, 128), (8191, 8, 128), (100, 1, 64), (10**6, 8, 128)):
         k = torch.empty((max_windows, num_kv_heads, head_dim), device="meta")
-        splits = triton_compressed_attention_backward.number_of_splits(k, 16 * max_windows, 4, 64, 128)
-        assert splits == 1 or 2 * 4 * splits * k.numel() <= triton_compressed_attention_backward.DKV_PARTS_BYTES
+        splits = triton_compressed_attention_dkv.number_of_splits(k, 16 * max_windows, 4, 64, 128)
+        assert splits == 1 or 2 * 4 * splits * k.numel() <= triton_compressed_attention_dkv.DKV_PARTS_BYTES
