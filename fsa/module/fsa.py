@@ -48,8 +48,9 @@ class FlashSparseAttention(nn.Module):
         rope_config: rotary embedding; its head_dim is that of the module.
         compression: "linear" (learned, as published) or "mean" (of the window's tokens; no parameters).
         gate: "token", one gate a token and branch, as published, or "head", one a head, token and branch.
-        backend: "auto", "cuda" (selected attention on the CUDA kernels, the rest as in "auto"), "triton" or "reference"
-            (plain PyTorch, for comparison).
+        backend: "auto", "cuda" (selected attention on the CUDA kernels or an error, the rest as in "auto", which
+            selects blocks by CUDA kernels where there are some), "triton" or "reference" (plain PyTorch, for
+            comparison).
 
     Raises:
         TypeError, ValueError: an argument that cannot be; the message says what to pass.
