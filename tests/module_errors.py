@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from errors import Bad
 from torch import Tensor
 
-from fsa import FlashSparseAttention, RopeConfig
+from fsa import FlashSparseAttention, RopeConfig, backends
+from fsa.module import cuda_selection
 from fsa.module.compressed_attention import compressed_attention
 from fsa.module.gated_sum import gated_sum
 from fsa.module.rope import rotate
@@ -180,6 +182,17 @@ def _select(**changes: Any) -> Callable[[], Any]:
     return lambda: select_blocks(**(_arguments() | {"lse": _zeros(4, 100)} | sizes | changes))
 
 
+def _select_with_cuda(**changes: Any) -> Callable[[], Any]:
+    """On a machine with a Hopper GPU."""
+
+    def call() -> Any:
+        usable = mock.patch.object(backends, "status", return_value=backends.BackendStatus("cuda", True))
+        with usable, mock.patch.object(cuda_selection, "kernel_arch", return_value=90):
+            return _select(**changes, backend="cuda")()
+
+    return call
+
+
 def _slide(**changes: Any) -> Callable[[], Any]:
     cu_seqlens = torch.tensor([0, 100], dtype=torch.int32)
     arguments = {"q": _zeros(100, 4, 16), "k": _zeros(100, 2, 16), "v": _zeros(100, 2, 16), "cu_seqlens": cu_seqlens}
@@ -223,6 +236,13 @@ MODULE_PARTS = [
         ValueError,
         "compressed_cu_seqlens must have the length of cu_seqlens = [2], got [3]; describe the same sequences with "
         "both",
+    ),
+    Bad(
+        "`select_blocks` on `backend='cuda'` with blocks of two strides",
+        _select_with_cuda(block_size=32),
+        RuntimeError,
+        "backend must have kernels for the selection, got backend='cuda': block scores have CUDA kernels for blocks of "
+        "4, 8 or 16 strides; use 'auto'",
     ),
     Bad(
         "lse of other queries",

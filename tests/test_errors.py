@@ -7,11 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+from backend_errors import BACKENDS
 from errors import Bad, assert_raises
 from module_errors import MODULE, MODULE_PARTS
-from op_errors import BACKENDS, QKV, SELECTION, SEQUENCES, TYPES, VALIDATION, WORKSPACE, right_arguments
+from op_errors import QKV, SELECTION, SEQUENCES, TYPES, right_arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from validation_errors import VALIDATION
+from workspace_errors import WORKSPACE
 
 import fsa
 from fsa import backends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import nsa_reference
 import pytest
 import torch
-from harness import skip_unless_usable
+from harness import DEVICE, skip_unless_usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from module_inputs import call_op, cu_seqlens_of, make_arguments, randn
@@ -86,9 +86,11 @@ def test_ties_go_to_the_first_block() -> None:
     ],
 )
 def test_selection_opcheck(name: str, dtype: torch.dtype) -> None:
+    device = torch.device("cpu")
     if name.endswith("cuda"):
         skip_unless_usable("cuda")
-    q, k, v, *rest = make_arguments(dtype=dtype, requires_grad=False)
+        device = DEVICE
+    q, k, v, *rest = make_arguments(dtype=dtype, requires_grad=False, device=device)
     _, lse = call_op((q, k, v, *rest))
     arguments = (q, k, lse, *rest[:4], 32, 3, 1, 1, None)
     torch.library.opcheck(getattr(torch.ops.fsa, name).default, arguments)

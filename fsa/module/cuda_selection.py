@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import kernel_arch
 from ..pipeline import without_zero_strides
-from . import score_chunks
+from .score_chunks import empty_scores, plan_chunks
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _CHUNK = "int query_begin, int query_end"
@@ -62,21 +62,20 @@ def select_blocks(
     if total == 0:
         return topk_idx
     q, compressed_k = without_zero_strides(q), without_zero_strides(compressed_k)
-    chunks = list(score_chunks.chunks(total, num_kv_heads, block_size, _TILE_Q))
-    strides = [score_chunks.row_stride(end, block_size) for _, end in chunks]
-    shapes = [(end - begin, num_kv_heads, stride) for (begin, end), stride in zip(chunks, strides, strict=True)]
-    workspace = torch.empty(
-        max(tokens * num_kv_heads * stride for tokens, _, stride in shapes), dtype=torch.float32, device=q.device
-    )
+    chunks = plan_chunks(total, num_kv_heads, block_size, _TILE_Q)
+    workspace = empty_scores(chunks, num_kv_heads, q.device)
     with torch.cuda.device_of(q):
-        for (begin, end), shape in zip(chunks, shapes, strict=True):
-            scores = workspace[: torch.Size(shape).numel()].view(shape)
+        for chunk in chunks:
+            shape = torch.Size((chunk.end - chunk.begin, num_kv_heads, chunk.stride))
+            scores = workspace[: shape.numel()].view(shape)
             if max_windows == 0:
                 scores.zero_()
             else:
                 torch.ops.fsa._block_scores(
-                    q, compressed_k, lse, cu_seqlens, compressed_cu_seqlens, begin, end, kernel_size, kernel_stride,
-                    block_size, softmax_scale, scores,
+                    q, compressed_k, lse, cu_seqlens, compressed_cu_seqlens, chunk.begin, chunk.end, kernel_size,
+                    kernel_stride, block_size, softmax_scale, scores,
                 )  # fmt: skip
-            torch.ops.fsa._select_topk(scores, cu_seqlens, begin, end, block_size, init_blocks, local_blocks, topk_idx)
+            torch.ops.fsa._select_topk(
+                scores, cu_seqlens, chunk.begin, chunk.end, block_size, init_blocks, local_blocks, topk_idx
+            )
     return topk_idx

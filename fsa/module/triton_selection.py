@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa.module import score_chunks
+from fsa.module.score_chunks import empty_scores, plan_chunks
 from fsa.module.triton_windows import SIZES, choose_tiles, load_normaliser, load_seen_rows, seen_windows
 from triton_ref.common import LOG2_E, load_rows, matmul, padded_dim, sequence_bounds, sequence_of_query
 
@@ -315,16 +315,15 @@ def select_blocks(
     group_size = num_heads // num_kv_heads
     tiles = scores_tiles(q, group_size, block_size // kernel_stride)
     blocks_a_program = (tiles["TILE_BLOCKS"] - (kernel_size > kernel_stride)) * tiles["WALK"]
-    chunks = list(score_chunks.chunks(total, num_kv_heads, block_size, tiles["TILE_Q"]))
-    num_scores = max((end - begin) * num_kv_heads * score_chunks.row_stride(end, block_size) for begin, end in chunks)
-    scores = torch.empty(num_scores, dtype=torch.float32, device=q.device)
+    chunks = plan_chunks(total, num_kv_heads, block_size, tiles["TILE_Q"])
+    scores = empty_scores(chunks, num_kv_heads, q.device)
     sizes = {"batch": cu_seqlens.shape[0] - 1, "total": total, "num_kv_heads": num_kv_heads}
     with torch.cuda.device_of(q):
-        for chunk_begin, chunk_end in chunks:
-            scores_stride = score_chunks.row_stride(chunk_end, block_size)
-            num_blocks = triton.cdiv(chunk_end, block_size)  # no token of the chunk is in a later one of its sequence
+        for chunk in chunks:
+            num_tokens = chunk.end - chunk.begin
+            num_blocks = triton.cdiv(chunk.end, block_size)  # no token of the chunk is in a later one of its sequence
             num_splits = triton.cdiv(num_blocks, blocks_a_program)
-            num_tiles = triton.cdiv(chunk_end - chunk_begin, tiles["TILE_Q"]) + sizes["batch"]
+            num_tiles = triton.cdiv(num_tokens, tiles["TILE_Q"]) + sizes["batch"]
             block_scores_kernel[(num_tiles * num_kv_heads * num_splits,)](
                 q,
                 compressed_k,
@@ -334,11 +333,11 @@ def select_blocks(
                 scores,
                 *q.stride()[:2],
                 *compressed_k.stride()[:2],
-                scores_stride,
+                chunk.stride,
                 **sizes,
                 max_windows=max_windows,
-                chunk_begin=chunk_begin,
-                chunk_end=chunk_end,
+                chunk_begin=chunk.begin,
+                chunk_end=chunk.end,
                 num_splits=num_splits,
                 softmax_scale_log2=softmax_scale * LOG2_E.value,
                 GROUP_SIZE=group_size,
@@ -351,14 +350,14 @@ def select_blocks(
             )
             padded_blocks = max(32, triton.next_power_of_2(num_blocks))
             tile_rows = max(KEYS_PER_TILE // padded_blocks, 1)
-            select_topk_kernel[(triton.cdiv((chunk_end - chunk_begin) * num_kv_heads, tile_rows),)](
+            select_topk_kernel[(triton.cdiv(num_tokens * num_kv_heads, tile_rows),)](
                 scores,
                 cu_seqlens,
                 topk_idx,
-                scores_stride,
+                chunk.stride,
                 **sizes,
-                chunk_begin=chunk_begin,
-                chunk_end=chunk_end,
+                chunk_begin=chunk.begin,
+                chunk_end=chunk.end,
                 topk=topk,
                 init_blocks=init_blocks,
                 local_blocks=local_blocks,
