@@ -187,4 +187,15 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// Its argument, which compilers do not compute any later than where this stands.
+__device__ __forceinline__ uint32_t computed_here(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+__device__ __forceinline__ float computed_here(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+
 }  // namespace fsa

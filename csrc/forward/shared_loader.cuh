@@ -28,34 +28,42 @@ struct Entries {
     }
 };
 
-// A sub-block on its way through a CTA, with K and V.
+// Some sub-blocks on their way through a CTA.
 template <typename Traits>
 struct Load {
-    int unit;                                  // -1 behind the last
-    bool nonfinite_values[Traits::kCheckers];  // V held inf or NaN, as each of those who look saw it
-    SharedSubBlock block;
+    int unit;  // -1 behind the last
+    int kv_head;
+    SharedSubBlock blocks[Traits::kSubBlocks];
 
-    __device__ __forceinline__ bool has_nonfinite_values() const {
+    __device__ __forceinline__ bool overlaps(const TileQueries& queries) const {
         bool any = false;
-        for (const bool seen : nonfinite_values) any |= seen;
+        for (const SharedSubBlock& block : blocks) any |= block.queries.overlap(queries);
         return any;
     }
 };
 
-// Load n has buffer n % kBuffers; the u-th unit of a CTA that has loads has the queries' buffer u % kQueryBuffers. Phase
-// n / kBuffers (u / kQueryBuffers) of a buffer's barriers is theirs.
+// Load n has buffer n % kBuffers, once for K and once for V; the u-th unit of a CTA that has loads has the queries' buffer
+// u % kQueryBuffers. Phase n / kBuffers (u / kQueryBuffers) of a buffer's barriers is theirs. The values of a load are
+// needed, and gone, later than its keys.
 template <typename Traits>
 struct Pipeline {
+    static constexpr int kDescriptions = 2 * Traits::kBuffers;
+
     struct State {
-        uint64_t landed[Traits::kBuffers];  // K and V are there
-        uint64_t full[Traits::kBuffers];    // V has been looked at
-        uint64_t empty[Traits::kBuffers];   // all other warps are done
+        uint64_t keys_landed[Traits::kBuffers];  // K and the load's description are there
+        uint64_t keys_empty[Traits::kBuffers];   // all warps that multiply are done
+        uint64_t values_landed[Traits::kBuffers];
+        uint64_t values_full[Traits::kBuffers];  // V has been looked at
+        uint64_t values_empty[Traits::kBuffers];
         uint64_t queries_wanted[Traits::kQueryBuffers];
         uint64_t queries_full[Traits::kQueryBuffers];
         uint64_t queries_empty[Traits::kQueryBuffers];
         uint64_t turns[2];  // whose phase n ends when it is a warpgroup's turn to begin the products of load n
         int units[Traits::kQueryBuffers];  // whose queries are wanted; -1 behind the last
-        Load<Traits> loads[Traits::kBuffers];
+        bool nonfinite_values[Traits::kBuffers]
+                             [Traits::kCheckers];  // V held inf or NaN, as each of those who look saw it
+        // Load n has n % kDescriptions. It is written for a later one once V of load n + kBuffers - 2 is empty.
+        Load<Traits> loads[kDescriptions];
     };
     static_assert(sizeof(State) <= Traits::kStateBytes);
 
@@ -76,13 +84,13 @@ struct Pipeline {
         return static_cast<unsigned>(u) / Traits::kQueryBuffers % 2;
     }
     __device__ __forceinline__ Load<Traits>& load(int n) const {
-        return state.loads[buffer(n)];
+        return state.loads[static_cast<unsigned>(n) % kDescriptions];
     }
     __device__ __forceinline__ uint32_t k_tile(int n) const {
-        return memory + buffer(n) * 2 * Traits::Tile::kBytes;
+        return memory + buffer(n) * Traits::Tile::kBytes;
     }
     __device__ __forceinline__ uint32_t v_tile(int n) const {
-        return k_tile(n) + Traits::Tile::kBytes;
+        return k_tile(n) + Traits::kValuesOffset;
     }
     // Offset of a warp's queries of unit u.
     __device__ __forceinline__ uint32_t stage_offset(int u, int warp) const {
@@ -93,34 +101,36 @@ struct Pipeline {
     // does not see what a lane that arrives for its warp knows of the others.
     __device__ __forceinline__ void init() const {
         constexpr int kConsumers = 32 * Traits::kWarps;
-        for (uint64_t& barrier : state.landed) mbarrier_init(shared_address(&barrier), 1);
-        for (uint64_t& barrier : state.full) mbarrier_init(shared_address(&barrier), 32 * Traits::kCheckers);
-        for (uint64_t& barrier : state.empty) mbarrier_init(shared_address(&barrier), kConsumers);
+        for (uint64_t& barrier : state.keys_landed) mbarrier_init(shared_address(&barrier), 1);
+        for (uint64_t& barrier : state.keys_empty) mbarrier_init(shared_address(&barrier), kConsumers);
+        for (uint64_t& barrier : state.values_landed) mbarrier_init(shared_address(&barrier), 1);
+        for (uint64_t& barrier : state.values_full) mbarrier_init(shared_address(&barrier), 32 * Traits::kCheckers);
+        for (uint64_t& barrier : state.values_empty) mbarrier_init(shared_address(&barrier), kConsumers);
         for (uint64_t& barrier : state.queries_wanted) mbarrier_init(shared_address(&barrier), 1);
         for (uint64_t& barrier : state.queries_full) mbarrier_init(shared_address(&barrier), 32);
         for (uint64_t& barrier : state.queries_empty) mbarrier_init(shared_address(&barrier), kConsumers);
         for (uint64_t& barrier : state.turns) mbarrier_init(shared_address(&barrier), 4);  // warps of the other one
         fence_async_proxy();  // the copy engine arrives, too
     }
-    __device__ __forceinline__ uint32_t landed(int n) const {
-        return shared_address(&state.landed[buffer(n)]);
+    // The barriers of load n.
+    __device__ __forceinline__ uint32_t own_barrier(uint64_t (&barriers)[Traits::kBuffers], int n) const {
+        return shared_address(&barriers[buffer(n)]);
     }
-    __device__ __forceinline__ void wait_landed(int n) const {
-        mbarrier_wait(landed(n), parity(n));
+    __device__ __forceinline__ void wait(uint64_t (&barriers)[Traits::kBuffers], int n) const {
+        mbarrier_wait(own_barrier(barriers, n), parity(n));
     }
-    __device__ __forceinline__ void arrive_full(int n) const {
-        mbarrier_arrive(shared_address(&state.full[buffer(n)]));
+    __device__ __forceinline__ void arrive(uint64_t (&barriers)[Traits::kBuffers], int n) const {
+        mbarrier_arrive(own_barrier(barriers, n));
     }
-    __device__ __forceinline__ void wait_full(int n) const {
-        mbarrier_wait(shared_address(&state.full[buffer(n)]), parity(n));
+    // Until the load that had the buffer before load n is done with it; free at the beginning.
+    __device__ __forceinline__ void wait_empty(uint64_t (&barriers)[Traits::kBuffers], int n) const {
+        if (n >= Traits::kBuffers) wait(barriers, n - Traits::kBuffers);
     }
-    __device__ __forceinline__ void arrive_empty(int n) const {
-        mbarrier_arrive(shared_address(&state.empty[buffer(n)]));
-    }
-    // The buffer that load n is to have; free at the beginning.
-    __device__ __forceinline__ void wait_empty(int n) const {
-        if (n < Traits::kBuffers) return;
-        mbarrier_wait(shared_address(&state.empty[buffer(n)]), parity(n - Traits::kBuffers));
+    // Once values_full says so.
+    __device__ __forceinline__ bool has_nonfinite_values(int n) const {
+        bool any = false;
+        for (const bool seen : state.nonfinite_values[buffer(n)]) any |= seen;
+        return any;
     }
 
     // A warp asks for the queries of a unit, or says with -1 that there are no more.
@@ -159,20 +169,61 @@ struct Pipeline {
     }
 };
 
-// Starts K and V of a load; one thread. Rows behind the sequence's end come along: nobody sees these keys.
+// Starts K or V of a load; one thread. Rows behind the sequence's end come along: nobody sees these keys.
 template <typename Traits>
-__device__ __forceinline__ void load_kv_block(
-    const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, int kv_head, const SharedSubBlock& block) {
+__device__ __forceinline__ void load_sub_blocks(
+    uint32_t tile, const TensorMap& map, uint32_t landed, const Load<Traits>& load) {
     using Tile = typename Traits::Tile;
-    const uint32_t landed = pipeline.landed(n);
-    mbarrier_arrive_expect(landed, 2 * Tile::kBytes);
+    mbarrier_arrive_expect(landed, Tile::kBytes);
 #pragma unroll
-    for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
-        const int column = panel * Tile::kPanelColumns, offset = panel * Tile::kPanelBytes;
-        tma_load_3d(pipeline.k_tile(n) + offset, p.k_map, landed, column, kv_head, block.key_token);
-        tma_load_3d(pipeline.v_tile(n) + offset, p.v_map, landed, column, kv_head, block.key_token);
-    }
+    for (int sub = 0; sub < Traits::kSubBlocks; ++sub)
+#pragma unroll
+        for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
+            const uint32_t to = tile + panel * Tile::kPanelBytes + sub * Traits::Box::kPanelBytes;
+            tma_load_3d(to, map, landed, panel * Tile::kPanelColumns, load.kv_head, load.blocks[sub].key_token);
+        }
 }
+
+// Starts the loads of a CTA, one after the other, K of each before V of the one before: it is needed first. A warp.
+template <typename Traits>
+struct LoadStarter {
+    const Pipeline<Traits>& pipeline;
+    const Sm90Params& p;
+    int n = 0;  // loads whose K is started
+
+    __device__ __forceinline__ void start(const Load<Traits>& load) {
+        pipeline.wait_empty(pipeline.state.keys_empty, n);
+        if (threadIdx.x % 32 == 0) {
+            pipeline.load(n) = load;
+            const uint32_t landed = pipeline.own_barrier(pipeline.state.keys_landed, n);
+            load_sub_blocks<Traits>(pipeline.k_tile(n), p.k_map, landed, load);
+        }
+        start_values();
+        ++n;
+    }
+    // Tells everyone that there are no more.
+    __device__ __forceinline__ void finish() {
+        pipeline.wait_empty(pipeline.state.keys_empty, n);
+        if (threadIdx.x % 32 == 0) {
+            pipeline.load(n).unit = -1;
+            pipeline.arrive(pipeline.state.keys_landed, n);
+        }
+        start_values();
+        pipeline.wait_empty(pipeline.state.values_empty, n);
+        if (threadIdx.x % 32 == 0) pipeline.arrive(pipeline.state.values_landed, n);
+    }
+
+  private:
+    // Of the load before.
+    __device__ __forceinline__ void start_values() {
+        if (n == 0) return;
+        const int before = n - 1;
+        pipeline.wait_empty(pipeline.state.values_empty, before);
+        if (threadIdx.x % 32 > 0) return;
+        const uint32_t landed = pipeline.own_barrier(pipeline.state.values_landed, before);
+        load_sub_blocks<Traits>(pipeline.v_tile(before), p.v_map, landed, pipeline.load(before));
+    }
+};
 
 __device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
     for (int* x : {&block.key_token, &block.num_keys, &block.visible_offset, &block.visible_end})
@@ -181,12 +232,20 @@ __device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane
     return block;
 }
 
+// Sub-block `sub` of a load in registers: no index that is known at run time only.
+template <typename Traits>
+__device__ __forceinline__ void gather_sub_block(Load<Traits>& load, int sub, const SharedSubBlock& block) {
+#pragma unroll
+    for (int i = 0; i < Traits::kSubBlocks; ++i)
+        if (i == sub) load.blocks[i] = block;
+}
+
 // The first loader: claims units, for CTAs take them as they get done, since these differ in length; starts the loads of
 // the sub-blocks that a unit's queries share, and asks for the queries.
 template <typename Traits>
 __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, const Sm90Params& p) {
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kTileK;
+    const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kSubBlockKeys;
     const int num_units = p.shared.num_tiles * g.num_heads * units_a_tile<Traits>(g);
     int ahead = lane == 0 ? atomicAdd(p.shared.next, 1) : 0;  // claimed long before it is asked for
     const auto claim = [&] {
@@ -198,7 +257,8 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
         const Unit unit = make_unit<Traits>(g, index);
         entries.fetch(p, unit.head, unit.tile, first, subs);
     };
-    int n = 0, u = 0, index = claim();
+    LoadStarter<Traits> loads = {pipeline, p};
+    int u = 0, index = claim();
     Entries next;
     if (index < num_units) fetch(next, index, 0);
     while (index < num_units) {
@@ -208,7 +268,8 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
         if (next_index < num_units) fetch(next, next_index, 0);
         const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
         const int end = entries.count * subs;
-        bool first_of_unit = true;
+        Load<Traits> load = {index, unit.kv_head, {}};
+        int gathered = 0, total = 0;  // sub-blocks of this load, of the unit
         for (int first = 0; first < end; first += 32) {
             if (first > 0) fetch(entries, index, first);
             const int i = first + lane;
@@ -216,26 +277,25 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
             if (i < end) own = make_sub_block<Traits>(g, entries.entry, i - i / subs * subs);
             const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
             for (unsigned left = __ballot_sync(~0u, wanted); left != 0; left &= left - 1) {
-                const SharedSubBlock block = of_lane(own, __ffs(left) - 1);
-                if (first_of_unit) pipeline.want_queries(u++, index);
-                first_of_unit = false;
-                pipeline.wait_empty(n);
-                if (lane == 0) {
-                    pipeline.load(n).unit = index;
-                    pipeline.load(n).block = block;
-                    load_kv_block<Traits>(pipeline, n, p, unit.kv_head, block);
-                }
-                ++n;
+                if (total++ == 0) pipeline.want_queries(u++, index);
+                gather_sub_block(load, gathered, of_lane(own, __ffs(left) - 1));
+                if (++gathered < Traits::kSubBlocks) continue;
+                loads.start(load);
+                gathered = 0;
             }
+        }
+        if (gathered > 0) {
+            // What is missing is a sub-block once more, without queries.
+            SharedSubBlock none = load.blocks[0];
+            none.queries = {{0, 0}};
+            none.num_keys = 0;
+            for (; gathered < Traits::kSubBlocks; ++gathered) gather_sub_block(load, gathered, none);
+            loads.start(load);
         }
         index = next_index;
     }
     pipeline.want_queries(u, -1);
-    pipeline.wait_empty(n);
-    if (lane == 0) {
-        pipeline.load(n).unit = -1;
-        mbarrier_arrive(pipeline.landed(n));
-    }
+    loads.finish();
 }
 
 // The second loader.
@@ -264,21 +324,20 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     constexpr int kThreads = Traits::kCheckers * 32;
+    auto& state = pipeline.state;
     for (int n = 0;; ++n) {
-        pipeline.wait_landed(n);
-        Load<Traits>& load = pipeline.load(n);
-        const bool is_last = load.unit < 0;
-        if (!is_last) {
-            // Rows behind the sequence's end came along.
-            const auto in_sequence = [&](uint32_t offset) {
-                return static_cast<int>(offset / Tile::kRowBytes % Tile::kNumRows) < load.block.num_keys;
-            };
-            const bool nonfinite =
-                __any_sync(~0u, zero_nonfinite_in_share<T, Tile::kBytes, kThreads>(pipeline.v_tile(n), in_sequence));
-            if (threadIdx.x % 32 == 0) load.nonfinite_values[checker] = nonfinite;
-        }
-        pipeline.arrive_full(n);
-        if (is_last) return;
+        pipeline.wait(state.values_landed, n);
+        const Load<Traits>& load = pipeline.load(n);
+        if (load.unit < 0) return;
+        // Rows behind the sequence's end came along.
+        const auto in_sequence = [&](uint32_t offset) {
+            const int row = offset / Tile::kRowBytes % Tile::kNumRows;
+            return row % Traits::kSubBlockKeys < load.blocks[row / Traits::kSubBlockKeys].num_keys;
+        };
+        const bool nonfinite =
+            __any_sync(~0u, zero_nonfinite_in_share<T, Tile::kBytes, kThreads>(pipeline.v_tile(n), in_sequence));
+        if (threadIdx.x % 32 == 0) state.nonfinite_values[pipeline.buffer(n)][checker] = nonfinite;
+        pipeline.arrive(state.values_full, n);
     }
 }
 

@@ -38,65 +38,130 @@ constexpr float kSlack = 2.f;
 template <typename T>
 constexpr float kHeadroom = std::is_same_v<T, __half> ? 0.f : 17.f + kSlack;
 
-// P = 2^(S - reference - kHeadroom), not normalised. Rows that do not share the block (`row`, a lane's description) get
-// zeros by a choice, not by their scores: those may be NaN.
+// What a load asks of a lane's two rows.
 template <typename Traits>
-__device__ __forceinline__ void update_softmax(
-    Probs<Traits>& probs, OnlineSoftmax& softmax, Output<Traits>& o, Scores<Traits>& s, const QueryRow& row,
-    float scale_log2) {
+struct Update {
+    bool shares[2][Traits::kSubBlocks];  // the row's query shares the sub-block
+    bool moves;                          // the reference of some row of the warp moves
+    float kept[2];                       // what is left of sums so far, if it does
+};
+
+// Keys that a row does not see get -inf: causality and the end of the sequence at once.
+template <typename Traits>
+__device__ __forceinline__ void mask_invisible_keys(Scores<Traits>& s, const int (&last_visible)[Traits::kSubBlocks]) {
+    constexpr int kKeys = Traits::kSubBlockKeys;
     const int lane = threadIdx.x % 32;
-    if (__any_sync(~0u, row.last_visible >= 0 && row.last_visible < Traits::kTileK - 1)) mask_invisible<Traits>(s, row);
-    const unsigned sharing = __ballot_sync(~0u, row.last_visible >= 0) >> lane / 4;
-    bool shares[2], grows = false;
-    float maximum[2];  // of the lane's own columns
+    bool any = false;
+    for (const int last : last_visible) any |= last >= 0 && last < kKeys - 1;
+    if (!__any_sync(~0u, any)) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        shares[i] = sharing >> 8 * i & 1;
-        maximum[i] = s[0][0][2 * i];
-#pragma unroll
-        for (int n = 0; n < Traits::kTileK / 8; ++n)
-            maximum[i] = fmaxf(maximum[i], fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
-        maximum[i] = shares[i] ? maximum[i] * scale_log2 : -INFINITY;
-        grows |= maximum[i] > softmax.reference[i] + kSlack;
-    }
-    if (__any_sync(~0u, grows)) {
+    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float reference = fmaxf(softmax.reference[i], quad_max(maximum[i]));
-            const float kept = exp2_approx(softmax.reference[i] - finite_shift(reference));
-            softmax.reference[i] = reference;
-            softmax.sum[i] *= kept;
+            const int last = __shfl_sync(~0u, last_visible[sub], 8 * i + lane / 4) - lane % 4 * 2;
 #pragma unroll
-            for (int pass = 0; pass < Traits::kPasses; ++pass)
+            for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-                for (int x = 2 * i; x < Traits::kColumns / 2; x += 4) {
-                    o[pass][x] *= kept;
-                    o[pass][x + 1] *= kept;
-                }
+                for (int x = 0; x < 2; ++x)
+                    if (n * 8 + x > last) s[0][sub * (kKeys / 8) + n][2 * i + x] = -INFINITY;
         }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float shift = finite_shift(softmax.reference[i]) + kHeadroom<typename Traits::T>;
-        float sums[2] = {0.f, 0.f};
-#pragma unroll
-        for (int n = 0; n < Traits::kTileK / 8; ++n) {
-            const float x = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -shift)),
-                        y = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -shift));
-            sums[0] += x;
-            sums[1] += y;
-            probs[0][n][i] = shares[i] ? HalfType<typename Traits::T>::pack(x, y) : 0;
-        }
-        softmax.sum[i] += shares[i] ? sums[0] + sums[1] : 0.f;
     }
 }
 
-// Q of a warp as A fragments, where there are registers for them.
+// Moves the references to where the rows' scores are.
+template <typename Traits>
+__device__ __forceinline__ Update<Traits> update_references(
+    OnlineSoftmax& softmax, const Scores<Traits>& s, const int (&last_visible)[Traits::kSubBlocks], float scale_log2) {
+    constexpr int kTiles = Traits::kSubBlockKeys / 8;
+    Update<Traits> update = {};
+    bool moves = false;
+    float maximum[2] = {-INFINITY, -INFINITY};  // of the lane's own columns
+#pragma unroll
+    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
+        const unsigned sharing = __ballot_sync(~0u, last_visible[sub] >= 0) >> threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float largest = s[0][sub * kTiles][2 * i];
+#pragma unroll
+            for (int n = sub * kTiles; n < (sub + 1) * kTiles; ++n)
+                largest = fmaxf(largest, fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
+            update.shares[i][sub] = sharing >> 8 * i & 1;
+            // An addition, of which the compiler makes no branch.
+            maximum[i] = fmaxf(maximum[i], largest + (update.shares[i][sub] ? 0.f : -INFINITY));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) moves |= maximum[i] * scale_log2 > softmax.reference[i] + kSlack;
+    update.moves = __any_sync(~0u, moves);
+    if (update.moves) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float reference = fmaxf(softmax.reference[i], quad_max(maximum[i]) * scale_log2);
+            update.kept[i] = exp2_approx(softmax.reference[i] - finite_shift(reference));
+            softmax.reference[i] = reference;
+            softmax.sum[i] *= update.kept[i];
+        }
+    }
+    return update;
+}
+
+// P = 2^(S - reference - kHeadroom), not normalised, which sums take up: while products are on their way, and not behind
+// them, where the compiler would like to have it.
+template <typename Traits>
+__device__ __forceinline__ void exponentiate(
+    Probs<Traits>& probs, OnlineSoftmax& softmax, const Scores<Traits>& s, const Update<Traits>& update,
+    float scale_log2) {
+    constexpr int kTiles = Traits::kSubBlockKeys / 8;
+    float shift[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) shift[i] = finite_shift(softmax.reference[i]) + kHeadroom<typename Traits::T>;
+#pragma unroll
+    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
+        float sums[2][2] = {};
+#pragma unroll
+        for (int n = sub * kTiles; n < (sub + 1) * kTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float x = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -shift[i])),
+                            y = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -shift[i]));
+                sums[i][0] += x;
+                sums[i][1] += y;
+                probs[0][n][i] = computed_here(HalfType<typename Traits::T>::pack(x, y));
+            }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            softmax.sum[i] += computed_here(update.shares[i][sub] ? sums[i][0] + sums[i][1] : 0.f);
+    }
+}
+
+// O as far as it goes counted from the new references.
+template <typename Traits>
+__device__ __forceinline__ void rescale(Output<Traits>& o, const Update<Traits>& update) {
+    if (!update.moves) return;
+#pragma unroll
+    for (int pass = 0; pass < Traits::kPasses; ++pass)
+#pragma unroll
+        for (int x = 0; x < Traits::kColumns / 2; ++x) o[pass][x] *= update.kept[x / 2 % 2];
+}
+
+// P as operand of the next product. Rows that do not share a sub-block get zeros by a choice, not by their scores: those may
+// be NaN.
+template <typename Traits>
+__device__ __forceinline__ void choose_shared(
+    Probs<Traits>& operand, const Probs<Traits>& probs, const Update<Traits>& update) {
+    constexpr int kTiles = Traits::kSubBlockKeys / 8;
+#pragma unroll
+    for (int n = 0; n < Traits::kTileK / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) operand[0][n][i] = update.shares[i][n / kTiles] ? probs[0][n][i] : 0;
+}
+
+// Q of a warp as A fragments, for head_dims whose Q fits into registers beside S, P and O.
 template <typename Traits>
 using HeldQueries = uint32_t[Traits::kHeldQuerySteps][4];
 
 template <typename Traits>
-__device__ __forceinline__ void hold_queries(HeldQueries<Traits>& q, uint32_t stage) {
+__device__ __forceinline__ void load_queries(HeldQueries<Traits>& q, uint32_t stage) {
     if constexpr (Traits::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Traits::kHeldQuerySteps; ++step)
@@ -122,14 +187,13 @@ __device__ __forceinline__ void begin_scores(
     }
 }
 
-// O += P V, a batch that the caller waits for.
+// O += P V, of a batch that the caller closes.
 template <typename Traits>
 __device__ __forceinline__ void begin_pv(Output<Traits>& o, const Probs<Traits>& probs, uint32_t v_tile) {
     wgmma_fence();
 #pragma unroll
     for (int pass = 0; pass < Traits::kPasses; ++pass)
         compute_pv_columns<Traits, Traits::kColumns>(o[pass], probs, v_tile, pass * Traits::kColumns, true);
-    wgmma_commit();
 }
 
 // The power of two by which a row of O is divided, so that fp16 holds it: the row's largest element comes near 2^15.
@@ -176,12 +240,17 @@ __device__ __forceinline__ void finish_rows(
     }
 }
 
+__device__ __forceinline__ QueryRow with_last_visible(QueryRow row, int last_visible) {
+    row.last_visible = last_visible;
+    return row;
+}
+
 // What inf and NaN among the values of the unit's blocks contribute to a warp's rows of O, which are in the stage.
 template <typename Traits>
 __device__ __forceinline__ void restore_unit(
     __half* stage, const ForwardSharedParams& p, const Unit& unit, const UnitRow& row) {
     const Geometry& g = p.geometry;
-    const int subs = g.block_size / Traits::kTileK, head_and_tile = unit.head * p.shared.num_tiles + unit.tile;
+    const int subs = g.block_size / Traits::kSubBlockKeys, head_and_tile = unit.head * p.shared.num_tiles + unit.tile;
     const int4* entries = p.shared.blocks + static_cast<int64_t>(head_and_tile) * p.shared.max_blocks;
     const int end = __ldg(p.shared.counts + head_and_tile) * subs;
 #pragma unroll 1
@@ -189,14 +258,15 @@ __device__ __forceinline__ void restore_unit(
         const SharedSubBlock block = make_sub_block<Traits>(g, __ldg(entries + i / subs), i % subs);
         restore_nonfinite_values<Traits>(
             row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys,
-            g.head_dim, row_in_block(row, block), [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
+            g.head_dim, with_last_visible(row, last_visible_in(block, row)),
+            [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
     }
 }
 
 // A unit from load n on: its partials. Returns the first load of the next unit.
 //
-// S of the next sub-block is computed behind P V of this one: the tensor cores get both at once, and while they work for
-// one warpgroup the other one has its softmax.
+// O += P V of a load comes behind S of the next one, and runs while that becomes P: nothing that a warpgroup waits for
+// but S. (FlashAttention-3, arXiv 2407.08608, section 3.2.)
 template <typename Traits>
 __device__ __forceinline__ int run_unit(
     const Pipeline<Traits>& pipeline, unsigned char* memory, int n, int u, const ForwardSharedParams& p) {
@@ -205,49 +275,62 @@ __device__ __forceinline__ int run_unit(
     const uint32_t stage = pipeline.memory + pipeline.stage_offset(u, warp);
     const int index = pipeline.load(n).unit;
     const Unit unit = make_unit<Traits>(g, index);
-    const TileQueries own_queries = queries_of_rows(g, unit, warpgroup * 64, 64);  // of the warpgroup
     UnitRow row = make_unit_row(g, unit, warp * 16 + threadIdx.x % 16);
     // Asked for now, looked at behind the loop.
     const int slot = __ldg(p.shared.slots + static_cast<int64_t>(unit.head) * g.num_queries + row.query_in_chunk);
 
+    auto& state = pipeline.state;
     Output<Traits> o = {};
     OnlineSoftmax softmax;
     Scores<Traits> s;
-    Probs<Traits> probs;
+    Probs<Traits> probs, next_probs;
     HeldQueries<Traits> q;
+    Update<Traits> update;
     bool nonfinite_values = false;
-    int held = -1;  // the load whose P V is to come
-    const auto finish_held = [&] {
-        begin_pv<Traits>(o, probs, pipeline.v_tile(held));
+    // S of load n. The next load is there when it is done.
+    const auto become_probs = [&] {
+        int last_visible[Traits::kSubBlocks];
+#pragma unroll
+        for (int sub = 0; sub < Traits::kSubBlocks; ++sub)
+            last_visible[sub] = last_visible_in(pipeline.load(n).blocks[sub], row);
+        wgmma_wait<1>();
+        pipeline.arrive(state.keys_empty, n);
+        mask_invisible_keys<Traits>(s, last_visible);
+        update = update_references<Traits>(softmax, s, last_visible, p.softmax_scale_log2);
+        exponentiate<Traits>(next_probs, softmax, s, update, p.softmax_scale_log2);
+        // Between the exponentials and the wait, which ptxas would else move before them.
+        pipeline.wait(state.keys_landed, n + 1);
         wgmma_wait<0>();
-        pipeline.arrive_empty(held);
-        held = -1;
+        rescale<Traits>(o, update);
+        choose_shared<Traits>(probs, next_probs, update);
     };
+    // P V of the load before.
+    const auto begin_values = [&] {
+        pipeline.wait(state.values_full, n - 1);
+        nonfinite_values |= pipeline.has_nonfinite_values(n - 1);
+        begin_pv<Traits>(o, probs, pipeline.v_tile(n - 1));
+        wgmma_commit();
+    };
+
     pipeline.wait_queries(u);
-    hold_queries<Traits>(q, stage);
-    for (;; ++n) {
-        pipeline.wait_full(n);
-        const Load<Traits>& load = pipeline.load(n);
-        if (uniform(load.unit != index)) break;
-        const bool concerned = uniform(load.block.queries.overlap(own_queries));
-        const QueryRow row_of_load = row_in_block(row, load.block);
+    load_queries<Traits>(q, stage);
+    pipeline.await_turn(warpgroup, n);
+    begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
+    pipeline.pass_turn(warpgroup);
+    wgmma_commit();
+    become_probs();
+    for (++n; uniform(pipeline.load(n).unit == index); ++n) {
+        load_queries<Traits>(q, stage);
         pipeline.await_turn(warpgroup, n);
-        if (held >= 0) begin_pv<Traits>(o, probs, pipeline.v_tile(held));
-        if (concerned) begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
+        begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
+        begin_values();
         pipeline.pass_turn(warpgroup);
-        wgmma_wait<0>();
-        if (held >= 0) pipeline.arrive_empty(held);
-        if (concerned) {
-            nonfinite_values |= load.has_nonfinite_values();
-            update_softmax<Traits>(probs, softmax, o, s, row_of_load, p.softmax_scale_log2);
-            held = n;
-            if constexpr (!Traits::kDefersValues) finish_held();
-        } else {
-            pipeline.arrive_empty(n);
-            held = -1;
-        }
+        become_probs();
+        pipeline.arrive(state.values_empty, n - 1);
     }
-    if (held >= 0) finish_held();
+    begin_values();
+    wgmma_wait<0>();
+    pipeline.arrive(state.values_empty, n - 1);
 
     if (row.exists && slot >= 0)
         row.partial_row = (row.query_in_chunk * g.topk + slot) * g.subs * g.group_size + row.group_head;
@@ -280,7 +363,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const
     if (warp >= 4) pipeline.pass_turn(1);
     int n = 0;
     for (int u = 0;; ++u) {
-        pipeline.wait_full(n);
+        pipeline.wait(pipeline.state.keys_landed, n);
         if (uniform(pipeline.load(n).unit < 0)) return;
         n = run_unit<Traits>(pipeline, memory, n, u, p);
     }
@@ -291,9 +374,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const
 template <typename T, int kHeadDim>
 void launch_forward_shared_sm90(const ForwardSharedParams& p, cudaStream_t stream) {
     using Traits = ForwardSharedTraits<T, kHeadDim>;
-    using Tile = typename Traits::Tile;
     const auto map = [&](const RowTensor& tensor) {
-        return make_tensor_map<T, Tile>(tensor, p.geometry.sequences.total_k, p.num_kv_heads, p.geometry.head_dim);
+        return make_tensor_map<T, typename Traits::Box>(
+            tensor, p.geometry.sequences.total_k, p.num_kv_heads, p.geometry.head_dim);
     };
     const forward_shared::Sm90Params params = {p, map(p.k), map(p.v)};
     const auto kernel = forward_shared::forward_shared_sm90<Traits>;

@@ -10,7 +10,11 @@ template <typename T_, int kHeadDim_>
 struct ForwardSharedTraits {
     using T = T_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kTileK = 64;
+
+    // A load brings kSubBlocks sub-blocks, which need not be neighbours: a softmax over 128 keys costs less than two over 64.
+    static constexpr int kSubBlockKeys = 64;
+    static constexpr int kSubBlocks = kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kTileK = kSubBlocks * kSubBlockKeys;
 
     // One CTA an SM. Its warpgroups share K and V and have 64 rows each; other warps, the loaders, bring Q, K and V. Three
     // warps a scheduler have 168 registers a thread, two have 255.
@@ -21,10 +25,10 @@ struct ForwardSharedTraits {
     static constexpr int kRows = 64 * kWarpgroups;
     static constexpr int kMmaRows = 1;  // m16 tiles a warp
 
-    // Q stays in registers over all sub-blocks where they suffice: the loaders give some of theirs away.
+    // Q is in registers while S is computed, where they suffice: the loaders give some of theirs away.
     static constexpr bool kHoldsQueries = kWarpgroups == 2;
     static constexpr int kHeldQuerySteps = kHoldsQueries ? kHeadDim / 16 : 1;
-    static constexpr int kRegisters = 208, kLoaderRegisters = 88;
+    static constexpr int kRegisters = kHeadDim == 128 ? 224 : 208, kLoaderRegisters = kHeadDim == 128 ? 56 : 88;
     static_assert(
         !kHoldsQueries || kWarps * kRegisters + kLoaders * kLoaderRegisters <= (kWarps + kLoaders) * 168,
         "no more than the CTA starts with");
@@ -33,23 +37,23 @@ struct ForwardSharedTraits {
     static constexpr int kColumns = kHeadDim % 128 == 0 ? 128 : kHeadDim % 64 == 0 ? 64 : kHeadDim;
     static constexpr int kPasses = kHeadDim / kColumns;
 
-    // Shared memory: rows of two units, K and V of as many sub-blocks as there is room for.
-    using Tile = WgmmaTile<kTileK, kHeadDim>;  // of K and of V
+    // Shared memory: rows of two units; K and V of as many loads as there is room for.
+    using Tile = WgmmaTile<kTileK, kHeadDim>;        // K or V of a load
+    using Box = WgmmaTile<kSubBlockKeys, kHeadDim>;  // of a sub-block: what a copy brings
     using Stage = forward_main::QueryStage<kHeadDim>;
-    static constexpr int kStateBytes = 512;
+    static constexpr int kStateBytes = 1024;
     static constexpr int kMaxSharedBytes = 227 * 1024 - kStateBytes;
     static constexpr int kQueryBytes = kWarps * Stage::kBytes;
     static constexpr int kQueryBuffers = 2;
     static constexpr int kFitting = (kMaxSharedBytes - kQueryBuffers * kQueryBytes) / (2 * Tile::kBytes);
     static constexpr int kBuffers = kFitting < 4 ? kFitting : 4;
-    // P V of a sub-block waits for S of the next one, while the loaders are at the one behind it.
-    static constexpr bool kDefersValues = kBuffers >= 3;
-    static constexpr int kQueriesOffset = kBuffers * 2 * Tile::kBytes;
+    static constexpr int kValuesOffset = kBuffers * Tile::kBytes;
+    static constexpr int kQueriesOffset = 2 * kBuffers * Tile::kBytes;
     static constexpr int kStateOffset = kQueriesOffset + kQueryBuffers * kQueryBytes;
     static constexpr int kSharedBytes = kStateOffset + kStateBytes;
 
     static_assert(kPasses * kColumns == kHeadDim && kColumns % Tile::kPanelColumns == 0, "O is made of whole passes");
-    static_assert(kBuffers >= 2, "one sub-block comes while one is worked on");
+    static_assert(kBuffers >= 2, "one load comes while one is worked on");
 };
 
 }  // namespace fsa

@@ -72,7 +72,7 @@ __device__ __forceinline__ UnitRow make_unit_row(const Geometry& g, const Unit& 
     return r;
 }
 
-// A sub-block of kTileK keys of a shared block.
+// A sub-block of kSubBlockKeys keys of a shared block.
 struct SharedSubBlock {
     TileQueries queries;  // that share it
     int key_token;        // first key, as a row of k and v
@@ -86,24 +86,22 @@ template <typename Traits>
 __device__ __forceinline__ SharedSubBlock make_sub_block(const Geometry& g, const int4& entry, int sub) {
     const SequenceBounds bounds = sequence_bounds(g.sequences, entry.y);
     const int first_key =
-        (entry.x - first_block(g.sequences, entry.y, g.block_size)) * g.block_size + sub * Traits::kTileK;
+        (entry.x - first_block(g.sequences, entry.y, g.block_size)) * g.block_size + sub * Traits::kSubBlockKeys;
     const VisibleKeys visible = visible_keys(bounds, g.causal);
     SharedSubBlock b;
     b.queries = {{static_cast<uint32_t>(entry.z), static_cast<uint32_t>(entry.w)}};
-    b.num_keys = max(min(bounds.num_keys - first_key, Traits::kTileK), 0);
+    b.num_keys = max(min(bounds.num_keys - first_key, Traits::kSubBlockKeys), 0);
     b.key_token = bounds.key_begin + first_key;
     b.visible_offset = visible.offset - first_key;
     b.visible_end = visible.end - first_key;
     return b;
 }
 
-// The row with the last key of the sub-block that it sees; none if its query does not share the block.
-__device__ __forceinline__ QueryRow row_in_block(const UnitRow& unit_row, const SharedSubBlock& block) {
-    QueryRow row = unit_row;
-    const uint32_t bits = unit_row.query_in_tile < 32 ? block.queries.bits[0] : block.queries.bits[1];
-    const bool shares = bits >> unit_row.query_in_tile % 32 & 1;
-    row.last_visible = shares ? min(row.query + block.visible_offset, block.visible_end) : -1;
-    return row;
+// The last key of the sub-block that the row sees; none (< 0) if its query does not share the block.
+__device__ __forceinline__ int last_visible_in(const SharedSubBlock& block, const UnitRow& row) {
+    const uint32_t bits = row.query_in_tile < 32 ? block.queries.bits[0] : block.queries.bits[1];
+    const bool shares = bits >> row.query_in_tile % 32 & 1;
+    return shares ? min(row.query + block.visible_offset, block.visible_end) : -1;
 }
 
 }  // namespace forward_shared

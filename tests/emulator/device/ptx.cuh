@@ -195,4 +195,12 @@ inline int thread_index_unhoisted() {
     return static_cast<int>(threadIdx.x);
 }
 
+inline uint32_t computed_here(uint32_t x) {
+    return x;
+}
+
+inline float computed_here(float x) {
+    return x;
+}
+
 }  // namespace fsa
