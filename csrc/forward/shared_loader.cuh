@@ -34,12 +34,6 @@ struct Load {
     int unit;  // -1 behind the last
     int kv_head;
     SharedSubBlock blocks[Traits::kSubBlocks];
-
-    __device__ __forceinline__ bool overlaps(const TileQueries& queries) const {
-        bool any = false;
-        for (const SharedSubBlock& block : blocks) any |= block.queries.overlap(queries);
-        return any;
-    }
 };
 
 // Load n has buffer n % kBuffers, once for K and once for V; the u-th unit of a CTA that has loads has the queries' buffer
