@@ -16,7 +16,7 @@ _QUERY_BYTES_IN_L2 = 16 << 20
 
 # csrc/params.h: neighbouring queries that share blocks.
 _QUERY_TILE = 64
-# Queries of a tile that must select a block for it to be shared. On an H100 12 and 24 are within 3 %. Fewer are
+# Queries of a tile that must select a block for it to be shared. On an H100 12 and 24 are within 4 %. Fewer are
 # better where neighbours agree, more where few blocks are popular.
 SHARED_MIN_QUERIES = 16
 

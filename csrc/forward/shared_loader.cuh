@@ -31,8 +31,8 @@ struct Entries {
 // Some sub-blocks on their way through a CTA.
 template <typename Traits>
 struct Load {
-    int unit;  // -1 behind the last
-    int kv_head;
+    int unit;     // -1 behind the last
+    int kv_head;  // of the tensors
     SharedSubBlock blocks[Traits::kSubBlocks];
 };
 
@@ -54,8 +54,8 @@ struct Pipeline {
         uint64_t queries_empty[Traits::kQueryBuffers];
         uint64_t turns[2];  // whose phase n ends when it is a warpgroup's turn to begin the products of load n
         int units[Traits::kQueryBuffers];  // whose queries are wanted; -1 behind the last
-        bool nonfinite_values[Traits::kBuffers]
-                             [Traits::kCheckers];  // V held inf or NaN, as each of those who look saw it
+        // V held inf or NaN, as each of those who look saw it.
+        bool nonfinite_values[Traits::kBuffers][Traits::kCheckers];
         // Load n has n % kDescriptions. It is written for a later one once V of load n + kBuffers - 2 is empty.
         Load<Traits> loads[kDescriptions];
     };
@@ -263,7 +263,8 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
         const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
         const int end = entries.count * subs;
         Load<Traits> load = {index, unit.kv_head, {}};
-        int gathered = 0, total = 0;  // sub-blocks of this load, of the unit
+        int gathered = 0;  // sub-blocks of this load
+        bool first_of_unit = true;
         for (int first = 0; first < end; first += 32) {
             if (first > 0) fetch(entries, index, first);
             const int i = first + lane;
@@ -271,7 +272,8 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
             if (i < end) own = make_sub_block<Traits>(g, entries.entry, i - i / subs * subs);
             const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
             for (unsigned left = __ballot_sync(~0u, wanted); left != 0; left &= left - 1) {
-                if (total++ == 0) pipeline.want_queries(u++, index);
+                if (first_of_unit) pipeline.want_queries(u++, index);
+                first_of_unit = false;
                 gather_sub_block(load, gathered, of_lane(own, __ffs(left) - 1));
                 if (++gathered < Traits::kSubBlocks) continue;
                 loads.start(load);

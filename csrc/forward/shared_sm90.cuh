@@ -46,7 +46,8 @@ struct Update {
     float kept[2];                       // what is left of sums so far, if it does
 };
 
-// Keys that a row does not see get -inf: causality and the end of the sequence at once.
+// mask_invisible (query_tile.cuh) for every sub-block of a load. Not one function: main on sm_80 has no register to spare, and
+// spills if it shares these loops.
 template <typename Traits>
 __device__ __forceinline__ void mask_invisible_keys(Scores<Traits>& s, const int (&last_visible)[Traits::kSubBlocks]) {
     constexpr int kKeys = Traits::kSubBlockKeys;
@@ -161,7 +162,7 @@ template <typename Traits>
 using HeldQueries = uint32_t[Traits::kHeldQuerySteps][4];
 
 template <typename Traits>
-__device__ __forceinline__ void load_queries(HeldQueries<Traits>& q, uint32_t stage) {
+__device__ __forceinline__ void load_query_fragments(HeldQueries<Traits>& q, uint32_t stage) {
     if constexpr (Traits::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Traits::kHeldQuerySteps; ++step)
@@ -187,13 +188,14 @@ __device__ __forceinline__ void begin_scores(
     }
 }
 
-// O += P V, of a batch that the caller closes.
+// O += P V, a batch that the caller waits for.
 template <typename Traits>
 __device__ __forceinline__ void begin_pv(Output<Traits>& o, const Probs<Traits>& probs, uint32_t v_tile) {
     wgmma_fence();
 #pragma unroll
     for (int pass = 0; pass < Traits::kPasses; ++pass)
         compute_pv_columns<Traits, Traits::kColumns>(o[pass], probs, v_tile, pass * Traits::kColumns, true);
+    wgmma_commit();
 }
 
 // The power of two by which a row of O is divided, so that fp16 holds it: the row's largest element comes near 2^15.
@@ -240,11 +242,6 @@ __device__ __forceinline__ void finish_rows(
     }
 }
 
-__device__ __forceinline__ QueryRow with_last_visible(QueryRow row, int last_visible) {
-    row.last_visible = last_visible;
-    return row;
-}
-
 // What inf and NaN among the values of the unit's blocks contribute to a warp's rows of O, which are in the stage.
 template <typename Traits>
 __device__ __forceinline__ void restore_unit(
@@ -256,10 +253,11 @@ __device__ __forceinline__ void restore_unit(
 #pragma unroll 1
     for (int i = 0; i < end; ++i) {
         const SharedSubBlock block = make_sub_block<Traits>(g, __ldg(entries + i / subs), i % subs);
+        QueryRow row_in_block = row;
+        row_in_block.last_visible = last_visible_in(block, row);
         restore_nonfinite_values<Traits>(
             row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys,
-            g.head_dim, with_last_visible(row, last_visible_in(block, row)),
-            [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
+            g.head_dim, row_in_block, [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
     }
 }
 
@@ -283,9 +281,8 @@ __device__ __forceinline__ int run_unit(
     Output<Traits> o = {};
     OnlineSoftmax softmax;
     Scores<Traits> s;
-    Probs<Traits> probs, next_probs;
+    Probs<Traits> probs;
     HeldQueries<Traits> q;
-    Update<Traits> update;
     bool nonfinite_values = false;
     // S of load n. The next load is there when it is done.
     const auto become_probs = [&] {
@@ -296,7 +293,8 @@ __device__ __forceinline__ int run_unit(
         wgmma_wait<1>();
         pipeline.arrive(state.keys_empty, n);
         mask_invisible_keys<Traits>(s, last_visible);
-        update = update_references<Traits>(softmax, s, last_visible, p.softmax_scale_log2);
+        const Update<Traits> update = update_references<Traits>(softmax, s, last_visible, p.softmax_scale_log2);
+        Probs<Traits> next_probs;  // those before are still being read
         exponentiate<Traits>(next_probs, softmax, s, update, p.softmax_scale_log2);
         // Between the exponentials and the wait, which ptxas would else move before them.
         pipeline.wait(state.keys_landed, n + 1);
@@ -309,18 +307,17 @@ __device__ __forceinline__ int run_unit(
         pipeline.wait(state.values_full, n - 1);
         nonfinite_values |= pipeline.has_nonfinite_values(n - 1);
         begin_pv<Traits>(o, probs, pipeline.v_tile(n - 1));
-        wgmma_commit();
     };
 
     pipeline.wait_queries(u);
-    load_queries<Traits>(q, stage);
+    load_query_fragments<Traits>(q, stage);
     pipeline.await_turn(warpgroup, n);
     begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
     pipeline.pass_turn(warpgroup);
-    wgmma_commit();
+    wgmma_commit();  // an empty batch where P V would be
     become_probs();
     for (++n; uniform(pipeline.load(n).unit == index); ++n) {
-        load_queries<Traits>(q, stage);
+        load_query_fragments<Traits>(q, stage);
         pipeline.await_turn(warpgroup, n);
         begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
         begin_values();

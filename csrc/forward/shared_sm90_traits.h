@@ -25,7 +25,8 @@ struct ForwardSharedTraits {
     static constexpr int kRows = 64 * kWarpgroups;
     static constexpr int kMmaRows = 1;  // m16 tiles a warp
 
-    // Q is in registers while S is computed, where they suffice: the loaders give some of theirs away.
+    // Q is in registers while S is computed, where they suffice: the loaders give some of theirs away. At head_dim 128 S, O, P
+    // and Q take 192, and products are serialised if there are fewer than 224.
     static constexpr bool kHoldsQueries = kWarpgroups == 2;
     static constexpr int kHeldQuerySteps = kHoldsQueries ? kHeadDim / 16 : 1;
     static constexpr int kRegisters = kHeadDim == 128 ? 224 : 208, kLoaderRegisters = kHeadDim == 128 ? 56 : 88;

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // CPU builds of torch lack this symbol, and the library must load there too.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -22,7 +23,7 @@ inline bool on_device(const torch::stable::Tensor& t) {
 inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA support");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
