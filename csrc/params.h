@@ -79,27 +79,24 @@ struct PlanParams {
 };
 
 // A query tile: this many neighbouring query tokens of a chunk. A block that enough of them select is shared: the tile
-// attends to all its shared blocks query-outer, and leaves one partial a row for them.
+// attends to all its shared blocks query-outer, and leaves no partials for them.
 constexpr int kQueryTile = 64;
-// In scattered_idx: the slot whose partial is that of the query's shared blocks.
-constexpr int32_t kSharedSlot = -2;
 
 struct SharedBlocks {
     // [num_heads, num_tiles, max_blocks]: block, among those of all sequences; its sequence; queries 0 .. 31 of the tile
     // that share it, a bit each; queries 32 .. 63. Zero where not in use.
     int4* blocks;
-    int32_t* counts;  // [num_heads, num_tiles]: how many blocks are in use
-    int32_t* slots;   // [num_heads, num_queries]: the slot whose partial is theirs, -1 where a query shares no block
-    int32_t* next;    // [1], 0 when shared starts: a counter for its use
-    int num_tiles;    // ceil(num_queries / kQueryTile)
+    int32_t* counts;            // [num_heads, num_tiles]: how many blocks are in use
+    int32_t* scattered_counts;  // [num_heads, num_queries]: slots of a query in scattered_idx that are in use
+    int32_t* next;              // [1], 0 when shared starts: a counter for its use
+    int num_tiles;              // ceil(num_queries / kQueryTile)
     int max_blocks;
 };
 
 struct ForwardSplitParams {
     Geometry geometry;
     const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
-    // As topk_idx, written where the chunk is: -1 for unused slots and those whose block is shared, kSharedSlot for the
-    // first of these of a query.
+    // Like topk_idx, written where the chunk is: the blocks of a query that are not shared, then -1.
     int32_t* scattered_idx;
     SharedBlocks shared;
     int min_queries;  // queries of a tile that must select a block for it to be shared
@@ -117,27 +114,22 @@ struct ForwardMainParams {
     int32_t* value_exponent;   // [num_heads, num_blocks, subs]
 };
 
-struct ForwardSharedParams {
+// What the last stage of the forward reads of the ones before it, and the results.
+struct ForwardReduceParams {
     Geometry geometry;
+    const int32_t* topk_idx;        // [num_kv_heads, total_q, topk]; scattered_idx where blocks are shared
+    const __half* o_partial;        // as in ForwardMainParams
+    const float* lse_partial;       // as in ForwardMainParams
+    const int32_t* value_exponent;  // as in ForwardMainParams
+    void* out;                      // [total_q, num_heads, head_dim]
+    float* lse;                     // [num_heads, total_q], natural log
+    int num_kv_heads;               // of the tensors, not of the chunk
+};
+
+struct ForwardSharedParams : ForwardReduceParams {
     SharedBlocks shared;
     RowTensor q, k, v;         // as in ForwardMainParams
     float softmax_scale_log2;  // > 0; softmax_scale * log2(e)
-    __half* o_partial;         // as in ForwardMainParams; written at a query's shared slot, sub-block 0, ...
-    float* lse_partial;        // ... as this is
-    int32_t* shared_exponent;  // [num_heads, num_queries, group_size]: o_partial is times 2^-shared_exponent there
-    int num_kv_heads;          // of the tensors, not of the chunk
-};
-
-struct ForwardReduceParams {
-    Geometry geometry;
-    const int32_t* topk_idx;         // [num_kv_heads, total_q, topk]; scattered_idx where blocks are shared
-    const __half* o_partial;         // as in ForwardMainParams
-    const float* lse_partial;        // as in ForwardMainParams
-    const int32_t* value_exponent;   // as in ForwardMainParams
-    const int32_t* shared_exponent;  // as in ForwardSharedParams; null where no blocks are shared
-    void* out;                       // [total_q, num_heads, head_dim]
-    float* lse;                      // [num_heads, total_q], natural log
-    int num_kv_heads;                // of the tensors, not of the chunk
 };
 
 // Keys are compressed ones here: a window of kernel_size tokens every kernel_stride tokens.

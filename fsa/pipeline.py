@@ -115,10 +115,9 @@ def _forward_chunk(
 ) -> None:
     """The stages of a chunk; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
     device, num_heads, num_queries = problem.q.device, chunk.num_heads, chunk.num_queries
-    shared_exponent = None
+    shared: dict[str, Tensor] = {}
     if scattered_idx is not None:
         specs = workspace.shared_buffers(sizes, num_heads, num_queries)
-        shared_exponent = specs.pop("shared_exponent").empty(device)
         shared = {name: spec.empty(device) for name, spec in specs.items()}
         stages.forward_split(problem, chunk, SHARED_MIN_QUERIES, scattered_idx, **shared)
         problem = dataclasses.replace(problem, topk_idx=scattered_idx)
@@ -128,14 +127,8 @@ def _forward_chunk(
         name: spec.empty(device) for name, spec in workspace.forward_buffers(sizes, num_heads, num_queries).items()
     }
     stages.forward_main(problem, chunk, plan, **buffers)
-    if shared_exponent is None:
-        stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse)
-        return
-    stages.forward_shared(
-        problem, chunk, **shared, o_partial=buffers["o_partial"], lse_partial=buffers["lse_partial"],
-        shared_exponent=shared_exponent,
-    )  # fmt: skip
-    stages.forward_reduce(problem, chunk, **buffers, out=out, lse=lse, shared_exponent=shared_exponent)
+    last_stage = stages.forward_shared if shared else stages.forward_reduce
+    last_stage(problem, chunk, **shared, **buffers, out=out, lse=lse)
 
 
 def _backward_chunk(

@@ -15,12 +15,12 @@ from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
 _PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor(n!) next_item, int edges_per_item"
-_SHARED = "Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor(n!) shared_next"
+_SHARED = "Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor(n!) shared_next"
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _library.define(
     f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int min_queries, Tensor(a!) scattered_idx, "
-    "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) shared_slots, Tensor(e!) shared_next) -> ()"
+    "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) scattered_counts, Tensor(e!) shared_next) -> ()"
 )
 _library.define(
     f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
@@ -32,11 +32,11 @@ _library.define(
 )
 _library.define(
     f"_forward_shared(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_SHARED}, "
-    "Tensor(a!) o_partial, Tensor(b!) lse_partial, Tensor(c!) shared_exponent) -> ()"
+    "Tensor o_partial, Tensor lse_partial, Tensor value_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 _library.define(
     f"_forward_reduce({_SELECTION}, {_CHUNK}, int total_k, Tensor o_partial, Tensor lse_partial, "
-    "Tensor value_exponent, Tensor? shared_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
+    "Tensor value_exponent, Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 _library.define("_backward_preprocess(Tensor out, Tensor dout, Tensor? dlse, Tensor(a!) delta) -> ()")
 _library.define(
@@ -86,10 +86,10 @@ def forward_split(
     scattered_idx: Tensor,
     shared_blocks: Tensor,
     shared_counts: Tensor,
-    shared_slots: Tensor,
+    scattered_counts: Tensor,
     shared_next: Tensor,
 ) -> None:
-    """Find the blocks that at least `min_queries` of a query tile select; leave the other slots in `scattered_idx`."""
+    """Find the blocks that at least `min_queries` of a query tile select; leave the others in `scattered_idx`."""
     _ops._forward_split(
         *_selection(problem),
         *_chunk(problem, chunk),
@@ -98,7 +98,7 @@ def forward_split(
         scattered_idx,
         shared_blocks,
         shared_counts,
-        shared_slots,
+        scattered_counts,
         shared_next,
     )
 
@@ -157,13 +157,18 @@ def forward_shared(
     chunk: Chunk,
     shared_blocks: Tensor,
     shared_counts: Tensor,
-    shared_slots: Tensor,
+    scattered_counts: Tensor,
     shared_next: Tensor,
     o_partial: Tensor,
     lse_partial: Tensor,
-    shared_exponent: Tensor,
+    value_exponent: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Attend to the blocks that a query tile shares, all of them at once; write one partial for them a row."""
+    """Attend to the blocks that a query tile shares, and merge that with partials of the others, into `out` and `lse`.
+
+    `problem` has `scattered_idx` for its topk_idx.
+    """
     _ops._forward_shared(
         problem.q,
         problem.k,
@@ -173,11 +178,13 @@ def forward_shared(
         problem.softmax_scale,
         shared_blocks,
         shared_counts,
-        shared_slots,
+        scattered_counts,
         shared_next,
         o_partial,
         lse_partial,
-        shared_exponent,
+        value_exponent,
+        out,
+        lse,
     )
 
 
@@ -189,12 +196,8 @@ def forward_reduce(
     value_exponent: Tensor,
     out: Tensor,
     lse: Tensor,
-    shared_exponent: Tensor | None = None,
 ) -> None:
-    """Merge the partials of every query's slots into `out` and `lse`.
-
-    Where blocks are shared, `problem` has `scattered_idx` for its topk_idx.
-    """
+    """Merge the partials of every query's slots into `out` and `lse`."""
     _ops._forward_reduce(
         *_selection(problem),
         *_chunk(problem, chunk),
@@ -202,7 +205,6 @@ def forward_reduce(
         o_partial,
         lse_partial,
         value_exponent,
-        shared_exponent,
         out,
         lse,
     )

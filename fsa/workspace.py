@@ -236,14 +236,13 @@ def may_share_blocks(sizes: Sizes, limit: int) -> bool:
 
 
 def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
-    """What the query-outer stages of the forward hand to each other and to the reduce stage."""
+    """What split hands to shared, the query-outer stages of the forward."""
     tiles = query_tiles(num_queries)
     return {
         "shared_blocks": Buffer((num_heads, tiles, max_shared_blocks(sizes.topk), 4), torch.int32),
         "shared_counts": Buffer((num_heads, tiles), torch.int32),
-        "shared_slots": Buffer((num_heads, num_queries), torch.int32),
+        "scattered_counts": Buffer((num_heads, num_queries), torch.int32),
         "shared_next": Buffer((1,), torch.int32),
-        "shared_exponent": Buffer((num_heads, num_queries, sizes.group_size), torch.int32),
     }
 
 

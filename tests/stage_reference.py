@@ -19,7 +19,7 @@ from torch import Tensor
 from fsa.problem import Chunk, Plan, Problem
 
 LN_2 = math.log(2)
-QUERY_TILE, SHARED_SLOT = 64, -2  # of csrc/params.h
+QUERY_TILE = 64  # of csrc/params.h
 
 
 def expected(function: Callable[[Arithmetic], Tensor], dtype: torch.dtype) -> Expected:
@@ -121,9 +121,8 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
 class Split:
     """forward_split's results. H, Q, T: heads, queries, slots of the chunk."""
 
-    scattered: Tensor  # int32 [H, Q, T]: scattered_idx
-    shared: Tensor  # bool [H, Q, T]: slots whose block is shared
-    slots: Tensor  # int32 [H, Q]: shared_slots
+    scattered: Tensor  # int32 [H, Q, T]: scattered_idx; the blocks of a query may come in any order
+    shared: Tensor  # bool [H, Q, T]: slots of topk_idx whose block is shared
     # By (head, query tile): (block, sequence, queries of the tile that share it, a bit each), in any order
     blocks: dict[tuple[int, int], set[tuple[int, int, int]]]
 
@@ -132,8 +131,7 @@ def split(problem: Problem, chunk: Chunk, min_queries: int) -> Split:
     """Counts, tile by tile, the queries that select each block; a query's second listing of a block is not shared."""
     chosen = selection(problem, chunk, problem.block_size)
     ids = problem.topk_idx[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
-    scattered = torch.where(chosen.block >= 0, ids, -1)
-    shared, slots = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids[..., 0], -1)
+    shared = torch.zeros_like(ids, dtype=torch.bool)
     blocks: dict[tuple[int, int], set[tuple[int, int, int]]] = {}
     for head, by_query in enumerate(chosen.block.tolist()):
         for begin in range(0, chunk.num_queries, QUERY_TILE):
@@ -150,9 +148,10 @@ def split(problem: Problem, chunk: Chunk, min_queries: int) -> Split:
                 for slot, block in enumerate(row):
                     if block >= 0 and len(queries[block]) >= min_queries and row.index(block) == slot:
                         shared[head, query, slot] = True
-                        scattered[head, query, slot] = SHARED_SLOT if slots[head, query] < 0 else -1
-                        slots[head, query] = slot if slots[head, query] < 0 else slots[head, query]
-    return Split(scattered, shared, slots, blocks)
+    left = (chosen.block >= 0) & ~shared
+    in_front = left.int().sort(dim=-1, descending=True, stable=True)
+    scattered = torch.where(in_front.values.bool(), ids.gather(-1, in_front.indices), -1)
+    return Split(scattered, shared, blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +213,12 @@ def partial_lse(problem: Problem, chunk: Chunk, tile_k: int, arithmetic: Arithme
     return lse / LN_2
 
 
-def shared_partial(
+def _shared_partial(
     problem: Problem, chunk: Chunk, tile_k: int, shared: Tensor, arithmetic: Arithmetic
-) -> tuple[Tensor, Tensor]:
-    """forward_shared's output [H, Q, G, D], before it is scaled, and its log-sum-exp [H, Q, G], in base 2.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over the slots that `shared` [H, Q, T] names: its output [H, Q, G, D] and log-sum-exp [H, Q, G].
 
-    Over the slots that `shared` [H, Q, T] names.
+    The third result is the magnitude of what the log-sum-exp adds up, where magnitudes are wanted.
     """
     o = _operands(problem, chunk, tile_k, arithmetic)
     keys = (o.chosen.visible & shared[..., None, None])[:, :, :, :, None]  # [H, Q, T, U, 1, K]
@@ -228,10 +227,7 @@ def shared_partial(
     lse = scores.logsumexp(-1)
     probs = (scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp() * errors
     values = torch.where(keys.movedim(4, -1), o.v, 0)
-    output = arithmetic.rounded(probs) @ arithmetic.term(values).flatten(2, 4)
-    if arithmetic.magnitudes:
-        lse = lse.abs() + probs.sum(-1)
-    return output, lse / LN_2
+    return arithmetic.rounded(probs) @ arithmetic.term(values).flatten(2, 4), lse, probs.sum(-1)
 
 
 def value_exponent(problem: Problem, chunk: Chunk, tile_k: int) -> tuple[Tensor, Tensor]:
@@ -261,27 +257,51 @@ def exponent_of_partials(problem: Problem, chunk: Chunk, exponents: Tensor) -> T
 
 
 def merged(
+    problem: Problem, chunk: Chunk, output: Tensor, lse: Tensor, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """forward_reduce: out [Q, heads of the chunk, D] and lse [heads of the chunk, Q] from unscaled partials."""
+    return _merge(*_attended_partials(problem, chunk, output, lse, arithmetic), arithmetic)
+
+
+def merged_with_shared(
+    scattered: Problem,
     problem: Problem,
     chunk: Chunk,
+    shared: Tensor,
     output: Tensor,
     lse: Tensor,
     arithmetic: Arithmetic,
-    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """forward_reduce: out [Q, heads of the chunk, D] and lse [heads of the chunk, Q] from unscaled partials.
+    """forward_shared, the results as of `merged`.
 
-    `shared` [H, Q, T] names the slots that have the partial of shared blocks, at sub-block 0.
+    From unscaled partials of the blocks in `scattered` and the slots of `problem` that `shared` [H, Q, T] names.
     """
+    outputs, log_sums = _attended_partials(scattered, chunk, output, lse, arithmetic)
+    tile_k = problem.block_size // output.shape[3]
+    shared_output, shared_lse, magnitude = _shared_partial(problem, chunk, tile_k, shared, arithmetic)
+    outputs = torch.cat([outputs, shared_output[:, :, None]], 2)
+    log_sums = torch.cat([log_sums, shared_lse[:, :, None]], 2)
+    out, total = _merge(outputs, log_sums, arithmetic)
+    if arithmetic.magnitudes:
+        total += torch.where(shared_lse == -torch.inf, 0, magnitude).transpose(1, 2).flatten(0, 1)
+    return out, total
+
+
+def _attended_partials(
+    problem: Problem, chunk: Chunk, output: Tensor, lse: Tensor, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """Outputs [H, Q, T * U, G, D] and log-sum-exps [H, Q, T * U, G] of partials, zero and -inf where there is none."""
     attended = selection(problem, chunk, problem.block_size // output.shape[3]).attended
-    if shared is not None:
-        attended[..., 0] |= shared
-    output = torch.where(attended[..., None, None], output.to(arithmetic.compute), 0).flatten(
-        2, 3
-    )  # [H, Q, T * U, G, D]
-    log_sums = torch.where(attended[..., None], lse.to(arithmetic.compute) * LN_2, -torch.inf).flatten(2, 3)
+    outputs = torch.where(attended[..., None, None], output.to(arithmetic.compute), 0)
+    log_sums = torch.where(attended[..., None], lse.to(arithmetic.compute) * LN_2, -torch.inf)
+    return outputs.flatten(2, 3), log_sums.flatten(2, 3)
+
+
+def _merge(outputs: Tensor, log_sums: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """out [Q, heads of the chunk, D] and lse [heads of the chunk, Q] from [H, Q, n, G, D] and [H, Q, n, G]."""
     total = log_sums.logsumexp(2)  # [H, Q, G]
     weights = (log_sums - torch.where(total == -torch.inf, 0, total)[:, :, None]).exp()
-    out = (weights[..., None] * arithmetic.term(output)).sum(2)
+    out = (weights[..., None] * arithmetic.term(outputs)).sum(2)
     if arithmetic.magnitudes:
         total = torch.where(total == -torch.inf, total, total.abs() + 1)
     return arithmetic.rounded(out).transpose(0, 1).flatten(1, 2), total.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""forward_split and forward_shared: blocks that a query tile shares are attended to query-outer, the rest is left."""
+"""forward_split and forward_shared: blocks that a query tile shares are attended to query-outer, the rest is merged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import stage_reference
 import torch
 from harness import DEVICE, Target, forward
-from reference import Arithmetic
-from stage_reference import QUERY_TILE, SHARED_SLOT, Split
+from partials import assert_results, empty_results, make_partials, unscaled
+from stage_reference import QUERY_TILE, Split
 from stages import (
     POISON,
     Case,
@@ -24,7 +24,7 @@ from stages import (
     poisoned,
     record_shared_blocks,
 )
-from tolerances import assert_close, expected_results
+from tolerances import Expected, assert_close, expected_results
 from torch import Tensor
 
 import fsa
@@ -66,7 +66,6 @@ def run_split(
     """scattered_idx of the chunk, and the other results; nothing is written outside the chunk."""
     sizes = workspace.Sizes.of(problem, shares_blocks=True)
     buffers = poisoned(workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
-    del buffers["shared_exponent"]
     most = QUERY_TILE * problem.topk // min_queries
     buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
     buffers, wholes = carved({**buffers, "scattered": torch.full_like(problem.topk_idx, POISON)})
@@ -83,8 +82,10 @@ def run_split(
 
 def assert_split(actual: tuple[Tensor, dict[str, Tensor]], wanted: Split) -> None:
     scattered, buffers = actual
-    assert torch.equal(scattered, wanted.scattered)
-    assert torch.equal(buffers["shared_slots"], wanted.slots)
+    assert torch.equal(scattered.sort(-1).values, wanted.scattered.sort(-1).values)
+    counts = (wanted.scattered >= 0).sum(-1, dtype=torch.int32)
+    assert torch.equal(buffers["scattered_counts"], counts)
+    assert torch.equal(scattered >= 0, torch.arange(scattered.shape[-1], device=counts.device) < counts[..., None])
     for (head, tile), blocks in wanted.blocks.items():
         count = int(buffers["shared_counts"][head, tile])
         rows = buffers["shared_blocks"][head, tile].tolist()
@@ -113,71 +114,62 @@ def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
 @pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES])
 @pytest.mark.parametrize("cu_seqlens", [[0, 200, 100, 127], [5, 40, 40, 90], [-50, 2**31 - 1, 300, -(2**31)]], ids=str)
 def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int], min_queries: int) -> None:
-    """run_split and run_shared look at what lies beside the buffers, and at the counts."""
+    """run_split and run_shared look at what lies beside what they write, and at the counts."""
     case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 64)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
     problem = dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile)
-    _, split = run_split(stages, problem, chunk, min_queries)
-    run_shared(stages, problem, chunk, split)
+    scattered_idx, split = run_split(stages, problem, chunk, min_queries)
+    problem = dataclasses.replace(problem, topk_idx=scattered_idx)  # the chunk is all there is
+    run_shared(stages, problem, chunk, split, forward_buffers(problem, chunk))
 
 
 def run_shared(
-    stages: ModuleType, problem: Problem, chunk: Chunk, split: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """forward_shared on poisoned buffers: the partials and shared_exponent; nothing is written beside them."""
-    buffers = forward_buffers(problem, chunk)
-    del buffers["value_exponent"]
-    shape = (chunk.num_heads, chunk.num_queries, problem.group_size)
-    exponent = torch.full(shape, POISON, dtype=torch.int32, device=DEVICE)
-    buffers, wholes = carved({**buffers, "shared_exponent": exponent})
-    stages.forward_shared(problem, chunk, **split, **buffers)
+    stages: ModuleType, problem: Problem, chunk: Chunk, split: dict[str, Tensor], partials: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the whole problem; what the chunk does not have is NaN. Nothing is written beside them."""
+    out, lse = empty_results(problem)
+    results, wholes = carved({"out": out, "lse": lse})
+    stages.forward_shared(problem, chunk, **split, **partials, **results)
     assert_margins(wholes)
-    exponent = buffers.pop("shared_exponent")
-    return buffers, exponent
+    return results["out"], results["lse"]
 
 
 def assert_shared(stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int) -> None:
-    _, split = run_split(stages, problem, chunk, min_queries)
-    buffers, exponent = run_shared(stages, problem, chunk, split)
-    wanted = stage_reference.split(problem, chunk, min_queries)
-    shares = wanted.slots >= 0
-    tile_k = problem.block_size // buffers["o_partial"].shape[3]
-    head, query = shares.nonzero().T
-    at = (head, query, wanted.slots[shares].long())  # of [H, Q, T, U, G, D], and sub-block 0
-    assert (exponent[~shares] == POISON).all()
+    scattered_idx, split = run_split(stages, problem, chunk, min_queries)
+    whole = torch.full_like(problem.topk_idx, POISON)
+    whole[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end] = scattered_idx
+    scattered = dataclasses.replace(problem, topk_idx=whole)
+    partials = make_partials(scattered, chunk)
+    results = run_shared(stages, scattered, chunk, split, partials)
+    shared = stage_reference.split(problem, chunk, min_queries).shared
+    output, lse = unscaled(scattered, chunk, partials), partials["lse_partial"]
 
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent.masked_fill(~shares[..., None], 0))
+    def expected(index: int) -> Expected:
+        return stage_reference.expected(
+            lambda a: stage_reference.merged_with_shared(scattered, problem, chunk, shared, output, lse, a)[index],
+            problem.q.dtype,
+        )
 
-    def output(arithmetic: Arithmetic) -> Tensor:
-        partial = stage_reference.shared_partial(problem, chunk, tile_k, wanted.shared, arithmetic)
-        return partial[0] * scale[..., None]
-
-    def lse(arithmetic: Arithmetic) -> Tensor:
-        return stage_reference.shared_partial(problem, chunk, tile_k, wanted.shared, arithmetic)[1]
-
-    for name, function in (("o_partial", output), ("lse_partial", lse)):
-        expected = stage_reference.expected(function, problem.q.dtype)
-        assert_close(name, buffers[name][at][:, 0], stage_reference.masked(expected, shares))
-        buffers[name][at[0], at[1], at[2], 0] = torch.nan
-        assert buffers[name].isnan().all(), f"{name}: written elsewhere"
+    assert_results(problem, chunk, results, (expected(0), expected(1)))
 
 
-@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES])
+@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES, QUERY_TILE])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shared(stages: ModuleType, case: Case, dtype: torch.dtype, min_queries: int) -> None:
     assert_shared(stages, make_problem(case, dtype), make_chunk(case), min_queries)
 
 
-def test_nobody_shares(stages: ModuleType) -> None:
+def test_nothing_attended(stages: ModuleType) -> None:
     case = CASES[0]
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    problem = dataclasses.replace(problem, topk_idx=torch.full_like(problem.topk_idx, SHARED_SLOT))
+    problem = dataclasses.replace(problem, topk_idx=torch.full_like(problem.topk_idx, -2))
     scattered, split = run_split(stages, problem, chunk)
-    assert (scattered == -1).all() and (split["shared_slots"] == -1).all() and not split["shared_counts"].any()
-    buffers, exponent = run_shared(stages, problem, chunk, split)
-    assert buffers["o_partial"].isnan().all() and (exponent == POISON).all()
+    assert (scattered == -1).all() and not split["scattered_counts"].any() and not split["shared_counts"].any()
+    problem = dataclasses.replace(problem, topk_idx=scattered)
+    out, lse = run_shared(stages, problem, chunk, split, forward_buffers(problem, chunk))
+    assert not out.any() and lse.isneginf().all()
 
 
 @pytest.mark.parametrize(

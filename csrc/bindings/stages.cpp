@@ -139,19 +139,39 @@ KeyValueGradients key_value_gradients(
         accumulate};
 }
 
+ForwardReduceParams reduce_params(
+    const Geometry& g, const Tensor& topk_idx, const Tensor& o_partial, const Tensor& lse_partial,
+    const Tensor& value_exponent, const Tensor& out, const Tensor& lse, ScalarType dtype) {
+    const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1), num_heads = num_kv_heads * g.group_size;
+    check_buffer(
+        lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
+    check_buffer(value_exponent, "value_exponent", ScalarType::Int, {g.num_heads, g.num_blocks, g.subs});
+    check_buffer(out, "out", dtype, {total_q, num_heads, g.head_dim});
+    check_buffer(lse, "lse", ScalarType::Float, {num_heads, total_q});
+    return {
+        g,
+        static_cast<const int32_t*>(topk_idx.const_data_ptr()),
+        static_cast<const __half*>(o_partial.const_data_ptr()),
+        static_cast<const float*>(lse_partial.const_data_ptr()),
+        static_cast<const int32_t*>(value_exponent.const_data_ptr()),
+        out.mutable_data_ptr(),
+        static_cast<float*>(lse.mutable_data_ptr()),
+        static_cast<int>(num_kv_heads)};
+}
+
 SharedBlocks shared_blocks_of(
-    const Geometry& g, const Tensor& blocks, const Tensor& counts, const Tensor& slots, const Tensor& next) {
+    const Geometry& g, const Tensor& blocks, const Tensor& counts, const Tensor& scattered_counts, const Tensor& next) {
     const int64_t num_tiles = (g.num_queries - 1) / kQueryTile + 1;
     STD_TORCH_CHECK(blocks.dim() == 4, "shared_blocks must have 4 dimensions");
     check_buffer(blocks, "shared_blocks", ScalarType::Int, {g.num_heads, num_tiles, blocks.size(2), 4});
     check_buffer(counts, "shared_counts", ScalarType::Int, {g.num_heads, num_tiles});
-    check_buffer(slots, "shared_slots", ScalarType::Int, {g.num_heads, g.num_queries});
+    check_buffer(scattered_counts, "scattered_counts", ScalarType::Int, {g.num_heads, g.num_queries});
     check_buffer(next, "shared_next", ScalarType::Int, {1});
     STD_TORCH_CHECK(g.num_heads * num_tiles * g.group_size <= INT32_MAX, "too many query tiles");
     return {
         static_cast<int4*>(blocks.mutable_data_ptr()),
         static_cast<int32_t*>(counts.mutable_data_ptr()),
-        static_cast<int32_t*>(slots.mutable_data_ptr()),
+        static_cast<int32_t*>(scattered_counts.mutable_data_ptr()),
         static_cast<int32_t*>(next.mutable_data_ptr()),
         static_cast<int>(num_tiles),
         static_cast<int>(blocks.size(2))};
@@ -162,7 +182,7 @@ SharedBlocks shared_blocks_of(
 void forward_split(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t min_queries,
-    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next) {
+    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     ForwardSplitParams p = {};
@@ -171,7 +191,7 @@ void forward_split(
         scattered_idx, "scattered_idx", ScalarType::Int, {topk_idx.size(0), topk_idx.size(1), topk_idx.size(2)});
     p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
     p.scattered_idx = static_cast<int32_t*>(scattered_idx.mutable_data_ptr());
-    p.shared = shared_blocks_of(p.geometry, shared_blocks, shared_counts, shared_slots, shared_next);
+    p.shared = shared_blocks_of(p.geometry, shared_blocks, shared_counts, scattered_counts, shared_next);
     STD_TORCH_CHECK(min_queries >= 1 && min_queries <= kQueryTile, "min_queries out of range");
     STD_TORCH_CHECK(
         p.shared.max_blocks >= kQueryTile * p.geometry.topk / min_queries, "shared_blocks may hold too few blocks");
@@ -254,29 +274,23 @@ void forward_main(
 void forward_shared(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next, Tensor o_partial,
-    Tensor lse_partial, Tensor shared_exponent) {
+    Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     k.size(0)};
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
     const ScalarType dtype = q.scalar_type();
     const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1);
-    check_buffer(
-        lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
-    check_buffer(shared_exponent, "shared_exponent", ScalarType::Int, {g.num_heads, g.num_queries, g.group_size});
     if (!has_forward_shared(g.block_size)) no_instantiation("shared blocks of block_size", g.block_size);
 
     ForwardSharedParams p = {};
-    p.geometry = g;
-    p.shared = shared_blocks_of(g, shared_blocks, shared_counts, shared_slots, shared_next);
+    static_cast<ForwardReduceParams&>(p) =
+        reduce_params(g, topk_idx, o_partial, lse_partial, value_exponent, out, lse, dtype);
+    p.shared = shared_blocks_of(g, shared_blocks, shared_counts, scattered_counts, shared_next);
     p.q = row_tensor(q, "q", dtype, total_q, num_kv_heads * g.group_size, g.head_dim);
     p.k = row_tensor(k, "k", dtype, k.size(0), num_kv_heads, g.head_dim);
     p.v = row_tensor(v, "v", dtype, k.size(0), num_kv_heads, g.head_dim);
     p.softmax_scale_log2 = scale_log2(softmax_scale);
-    p.o_partial = static_cast<__half*>(o_partial.mutable_data_ptr());
-    p.lse_partial = static_cast<float*>(lse_partial.mutable_data_ptr());
-    p.shared_exponent = static_cast<int32_t*>(shared_exponent.mutable_data_ptr());
-    p.num_kv_heads = static_cast<int>(num_kv_heads);
 
     const DeviceGuard guard(q.get_device());
     const cudaStream_t stream = current_stream(q);
@@ -290,30 +304,12 @@ void forward_shared(
 void forward_reduce(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
-    Tensor lse_partial, Tensor value_exponent, std::optional<Tensor> shared_exponent, Tensor out, Tensor lse) {
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
-    const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1), num_heads = num_kv_heads * g.group_size;
-    check_buffer(
-        lse_partial, "lse_partial", ScalarType::Float, {g.num_heads, g.num_queries, g.topk, g.subs, g.group_size});
-    check_buffer(value_exponent, "value_exponent", ScalarType::Int, {g.num_heads, g.num_blocks, g.subs});
-    check_buffer(out, "out", out.scalar_type(), {total_q, num_heads, g.head_dim});
-    check_buffer(lse, "lse", ScalarType::Float, {num_heads, total_q});
-
-    ForwardReduceParams p = {};
-    p.geometry = g;
-    p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
-    p.o_partial = static_cast<const __half*>(o_partial.const_data_ptr());
-    p.lse_partial = static_cast<const float*>(lse_partial.const_data_ptr());
-    p.value_exponent = static_cast<const int32_t*>(value_exponent.const_data_ptr());
-    if (shared_exponent.has_value()) {
-        check_buffer(*shared_exponent, "shared_exponent", ScalarType::Int, {g.num_heads, g.num_queries, g.group_size});
-        p.shared_exponent = static_cast<const int32_t*>(shared_exponent->const_data_ptr());
-    }
-    p.out = out.mutable_data_ptr();
-    p.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.num_kv_heads = static_cast<int>(num_kv_heads);
+    const ForwardReduceParams p =
+        reduce_params(g, topk_idx, o_partial, lse_partial, value_exponent, out, lse, out.scalar_type());
 
     const DeviceGuard guard(out.get_device());
     const cudaStream_t stream = current_stream(out);

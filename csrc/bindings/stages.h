@@ -12,7 +12,7 @@ using torch::stable::Tensor;
 void forward_split(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t min_queries,
-    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next);
+    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next);
 
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
@@ -29,13 +29,13 @@ void forward_main(
 void forward_shared(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,
     int64_t head_end, int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, double softmax_scale,
-    Tensor shared_blocks, Tensor shared_counts, Tensor shared_slots, Tensor shared_next, Tensor o_partial,
-    Tensor lse_partial, Tensor shared_exponent);
+    Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next, Tensor o_partial,
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse);
 
 void forward_reduce(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, Tensor o_partial,
-    Tensor lse_partial, Tensor value_exponent, std::optional<Tensor> shared_exponent, Tensor out, Tensor lse);
+    Tensor lse_partial, Tensor value_exponent, Tensor out, Tensor lse);
 
 void backward_preprocess(Tensor out, Tensor dout, std::optional<Tensor> dlse, Tensor delta);
 

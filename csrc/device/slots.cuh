@@ -59,15 +59,20 @@ struct SlotRow {
     int first_partial;  // partial 0 in [num_heads, num_queries, topk, subs, group_size]; they are group_size apart
 };
 
-__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
-    const RowPosition position = position_of_row(g, row);
-    const int token = g.query_begin + position.query;
+// head: counted from the chunk's first
+__device__ __forceinline__ SlotRow make_slot_row(const Geometry& g, int head, int token, int first_partial) {
     const int sequence = sequence_of_query(g.sequences, token);
     SlotRow r;
     r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
-    r.first_cell = position.head * g.num_blocks + first_block(g.sequences, sequence, g.block_size);
-    r.first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
+    r.first_cell = head * g.num_blocks + first_block(g.sequences, sequence, g.block_size);
+    r.first_partial = first_partial;
     return r;
+}
+
+__device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
+    const RowPosition position = position_of_row(g, row);
+    const int first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
+    return make_slot_row(g, position.head, g.query_begin + position.query, first_partial);
 }
 
 // The block that partial i of a row belongs to, -1 behind the last.

@@ -17,13 +17,23 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int byt
                  : "memory");
 }
 
-// Copies the box whose first element is (x, y, z), the innermost dimension first. The map is a kernel parameter.
+// Copies the box whose first element is (x, y, z), or (x, y, z, w), the innermost dimension first. The map is a kernel
+// parameter.
 __device__ __forceinline__ void tma_load_3d(
     uint32_t shared, const TensorMap& map, uint32_t barrier, int x, int y, int z) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
             "r"(shared),
         "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_load_4d(
+    uint32_t shared, const TensorMap& map, uint32_t barrier, int x, int y, int z, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(shared),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
         : "memory");
 }
 

@@ -52,7 +52,7 @@ __device__ __forceinline__ void compute_pv_sm90(const Probs<Traits>& probs, uint
         compute_pv_columns<Traits, kColumns>(o, probs, v_tile, first, false);
         wgmma_commit();
         wgmma_wait<0>();
-        output_to_stage<Traits::kHeadDim, kColumns>(stage, o, first);
+        output_to_stage<__half, Traits::kHeadDim, kColumns>(stage, o, first);
     }
 }
 

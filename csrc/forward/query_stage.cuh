@@ -83,15 +83,15 @@ __device__ __forceinline__ void compute_pv_columns(
     }
 }
 
-// Columns of O from accumulators to the stage, in fp16.
-template <int kHeadDim, int kColumns>
+// Columns of O from accumulators to the stage, as T.
+template <typename T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void output_to_stage(uint32_t stage, const float (&o)[kColumns / 2], int first_column) {
-    using Partial = HalfType<__half>;
+    using Type = HalfType<T>;
 #pragma unroll
     for (int i = 0; i < kColumns / 16; ++i) {
         const float* const x = o + 8 * i;
         const uint32_t words[4] = {
-            Partial::pack(x[0], x[1]), Partial::pack(x[2], x[3]), Partial::pack(x[4], x[5]), Partial::pack(x[6], x[7])};
+            Type::pack(x[0], x[1]), Type::pack(x[2], x[3]), Type::pack(x[4], x[5]), Type::pack(x[6], x[7])};
         stmatrix_x4(QueryStage<kHeadDim>::lane_chunk(stage) + (first_column / 16 + i) * 32, words);
     }
 }

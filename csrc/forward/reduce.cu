@@ -26,8 +26,7 @@ __device__ __forceinline__ float group_sum(float x) {
     return x;
 }
 
-// kShared: blocks are shared, and topk_idx is scattered_idx.
-template <typename T, int kLanes, bool kShared>
+template <typename T, int kLanes>
 __global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<kLanes>::kMinCtas)
     forward_reduce(const __grid_constant__ ForwardReduceParams p) {
     constexpr int kBatch = ReduceTraits<kLanes>::kBatch;
@@ -42,15 +41,13 @@ __global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<k
         float out[8] = {}, maximum = -INFINITY, shift = 0.f, sum = 0.f;
         for (int first = 0; first < num_partials; first += kBatch) {
             const int i = first + lane;
-            const bool is_shared = kShared && block_id == kSharedSlot && i == g.by_subs.quotient(i) * g.subs;
-            const bool exists = lane < kBatch && (is_shared || partial_exists(g, slots, block_id, i));
+            const bool exists = lane < kBatch && partial_exists(g, slots, block_id, i);
             float lse = -INFINITY;
             int exponent = 0;
             if (exists) {
                 const int sub = i - g.by_subs.quotient(i) * g.subs;
-                const int sub_block = (slots.first_cell + block_id) * g.subs + sub;
                 lse = __ldg(p.lse_partial + slots.first_partial + i * g.group_size);
-                exponent = __ldg((is_shared ? p.shared_exponent : p.value_exponent) + (is_shared ? row : sub_block));
+                exponent = __ldg(p.value_exponent + (slots.first_cell + block_id) * g.subs + sub);
             }
             block_id = first + kBatch < num_partials
                            ? load_block_id(g, p.topk_idx, row, first + kBatch + lane)
@@ -96,9 +93,7 @@ void launch_forward_reduce(const ForwardReduceParams& p, cudaStream_t stream) {
     dispatch_row_lanes(p.geometry.head_dim, [&](auto lanes) {
         using Traits = ReduceTraits<decltype(lanes)::value>;
         const int ctas = min(Traits::num_tiles(p.geometry), sm_count() * Traits::kMinCtas);
-        const auto kernel =
-            p.shared_exponent == nullptr ? forward_reduce<T, lanes, false> : forward_reduce<T, lanes, true>;
-        launch("forward_reduce", kernel, {dim3(ctas), Traits::kThreads, 0}, p, stream);
+        launch("forward_reduce", forward_reduce<T, lanes>, {dim3(ctas), Traits::kThreads, 0}, p, stream);
     });
 }
 

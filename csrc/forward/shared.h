@@ -1,4 +1,5 @@
-// Stage shared of the forward: softmax(Q K^T) V over the blocks that a query tile shares, one partial a row.
+// Stage shared of the forward, the last one where blocks are shared: softmax(Q K^T) V over those of a query tile, and over the
+// partials that main left for the others.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,161 +1,25 @@
-// The forward shared kernel for Hopper: query-outer over the blocks that a query tile shares, where main is KV-outer over
-// the rest. The unit of work is some rows of a query tile: their queries stay in the CTA, O in registers over all
-// shared blocks, with an online softmax, and one partial a row is left. Rows of queries that did not select a block are
-// masked: the tensor cores have room for them, memory has not. Loaders (forward/shared_loader.cuh) bring what is needed.
+// The forward shared kernel for Hopper: query-outer over the blocks that a query tile shares, where main was KV-outer over
+// the rest, whose partials become part of the result here. The unit of work is some rows of a query tile: their queries stay
+// in the CTA, O in registers, with an online softmax over partials and shared blocks. So reading partials, which is all that
+// reduce would do, goes on beside products. Rows of queries that did not select a block are masked: the tensor cores have
+// room for them, memory has not. Loaders (forward/shared_loader.cuh) bring what is needed.
 #pragma once
-
-#include <type_traits>
 
 #include "device/softmax.cuh"
 #include "forward/query_stage.cuh"
 #include "forward/query_tile.cuh"
 #include "forward/shared.h"
 #include "forward/shared_loader.cuh"
+#include "forward/shared_partials.cuh"
+#include "forward/shared_pipeline.cuh"
 #include "forward/shared_sm90_traits.h"
+#include "forward/shared_softmax.cuh"
 #include "forward/shared_units.cuh"
 #include "host/tensor_map.h"
 #include "launch.h"
 
 namespace fsa {
 namespace forward_shared {
-
-using namespace forward_main;
-
-template <typename Traits>
-using Output = float[Traits::kPasses][Traits::kColumns / 2];
-
-// Of the two rows of a lane. A lane sums its own columns; the quad adds up at the end.
-struct OnlineSoftmax {
-    float reference[2] = {-INFINITY, -INFINITY};  // what exponents count from, log2: near the largest score so far
-    float sum[2] = {0.f, 0.f};
-};
-
-// Scores may exceed the reference by this much, log2, before O is scaled to a new one.
-constexpr float kSlack = 2.f;
-
-// log2 of what P is divided by: O sums up to 2^17 values (512 slots of 256 keys) with factors up to 2^kSlack before it is
-// normalised, and those of bf16 reach 2^128.
-template <typename T>
-constexpr float kHeadroom = std::is_same_v<T, __half> ? 0.f : 17.f + kSlack;
-
-// What a load asks of a lane's two rows.
-template <typename Traits>
-struct Update {
-    bool shares[2][Traits::kSubBlocks];  // the row's query shares the sub-block
-    bool moves;                          // the reference of some row of the warp moves
-    float kept[2];                       // what is left of sums so far, if it does
-};
-
-// mask_invisible (query_tile.cuh) for every sub-block of a load. Not one function: main on sm_80 has no register to spare, and
-// spills if it shares these loops.
-template <typename Traits>
-__device__ __forceinline__ void mask_invisible_keys(Scores<Traits>& s, const int (&last_visible)[Traits::kSubBlocks]) {
-    constexpr int kKeys = Traits::kSubBlockKeys;
-    const int lane = threadIdx.x % 32;
-    bool any = false;
-    for (const int last : last_visible) any |= last >= 0 && last < kKeys - 1;
-    if (!__any_sync(~0u, any)) return;
-#pragma unroll
-    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int last = __shfl_sync(~0u, last_visible[sub], 8 * i + lane / 4) - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                for (int x = 0; x < 2; ++x)
-                    if (n * 8 + x > last) s[0][sub * (kKeys / 8) + n][2 * i + x] = -INFINITY;
-        }
-    }
-}
-
-// Moves the references to where the rows' scores are.
-template <typename Traits>
-__device__ __forceinline__ Update<Traits> update_references(
-    OnlineSoftmax& softmax, const Scores<Traits>& s, const int (&last_visible)[Traits::kSubBlocks], float scale_log2) {
-    constexpr int kTiles = Traits::kSubBlockKeys / 8;
-    Update<Traits> update = {};
-    bool moves = false;
-    float maximum[2] = {-INFINITY, -INFINITY};  // of the lane's own columns
-#pragma unroll
-    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
-        const unsigned sharing = __ballot_sync(~0u, last_visible[sub] >= 0) >> threadIdx.x % 32 / 4;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float largest = s[0][sub * kTiles][2 * i];
-#pragma unroll
-            for (int n = sub * kTiles; n < (sub + 1) * kTiles; ++n)
-                largest = fmaxf(largest, fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
-            update.shares[i][sub] = sharing >> 8 * i & 1;
-            // An addition, of which the compiler makes no branch.
-            maximum[i] = fmaxf(maximum[i], largest + (update.shares[i][sub] ? 0.f : -INFINITY));
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) moves |= maximum[i] * scale_log2 > softmax.reference[i] + kSlack;
-    update.moves = __any_sync(~0u, moves);
-    if (update.moves) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float reference = fmaxf(softmax.reference[i], quad_max(maximum[i]) * scale_log2);
-            update.kept[i] = exp2_approx(softmax.reference[i] - finite_shift(reference));
-            softmax.reference[i] = reference;
-            softmax.sum[i] *= update.kept[i];
-        }
-    }
-    return update;
-}
-
-// P = 2^(S - reference - kHeadroom), not normalised, which sums take up: while products are on their way, and not behind
-// them, where the compiler would like to have it.
-template <typename Traits>
-__device__ __forceinline__ void exponentiate(
-    Probs<Traits>& probs, OnlineSoftmax& softmax, const Scores<Traits>& s, const Update<Traits>& update,
-    float scale_log2) {
-    constexpr int kTiles = Traits::kSubBlockKeys / 8;
-    float shift[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) shift[i] = finite_shift(softmax.reference[i]) + kHeadroom<typename Traits::T>;
-#pragma unroll
-    for (int sub = 0; sub < Traits::kSubBlocks; ++sub) {
-        float sums[2][2] = {};
-#pragma unroll
-        for (int n = sub * kTiles; n < (sub + 1) * kTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float x = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -shift[i])),
-                            y = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -shift[i]));
-                sums[i][0] += x;
-                sums[i][1] += y;
-                probs[0][n][i] = computed_here(HalfType<typename Traits::T>::pack(x, y));
-            }
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            softmax.sum[i] += computed_here(update.shares[i][sub] ? sums[i][0] + sums[i][1] : 0.f);
-    }
-}
-
-// O as far as it goes counted from the new references.
-template <typename Traits>
-__device__ __forceinline__ void rescale(Output<Traits>& o, const Update<Traits>& update) {
-    if (!update.moves) return;
-#pragma unroll
-    for (int pass = 0; pass < Traits::kPasses; ++pass)
-#pragma unroll
-        for (int x = 0; x < Traits::kColumns / 2; ++x) o[pass][x] *= update.kept[x / 2 % 2];
-}
-
-// P as operand of the next product. Rows that do not share a sub-block get zeros by a choice, not by their scores: those may
-// be NaN.
-template <typename Traits>
-__device__ __forceinline__ void choose_shared(
-    Probs<Traits>& operand, const Probs<Traits>& probs, const Update<Traits>& update) {
-    constexpr int kTiles = Traits::kSubBlockKeys / 8;
-#pragma unroll
-    for (int n = 0; n < Traits::kTileK / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) operand[0][n][i] = update.shares[i][n / kTiles] ? probs[0][n][i] : 0;
-}
 
 // Q of a warp as A fragments, for head_dims whose Q fits into registers beside S, P and O.
 template <typename Traits>
@@ -198,54 +62,38 @@ __device__ __forceinline__ void begin_pv(Output<Traits>& o, const Probs<Traits>&
     wgmma_commit();
 }
 
-// The power of two by which a row of O is divided, so that fp16 holds it: the row's largest element comes near 2^15.
-__device__ __forceinline__ int row_exponent(float largest) {
-    return largest > 0.f && largest < INFINITY ? min(max(ilogbf(largest) - 14, -100), 113) : 0;
-}
-
-// Normalises O, puts it into the stage, and log-sum-exps and exponents into memory.
+// Normalises O, puts it into the stage, and log-sum-exps into memory.
 template <typename Traits>
 __device__ __forceinline__ void finish_rows(
-    uint32_t stage, Output<Traits>& o, const OnlineSoftmax& softmax, const ForwardSharedParams& p, int head,
-    const QueryRow& row) {
+    uint32_t stage, Output<Traits>& o, const OnlineSoftmax& softmax, const ForwardSharedParams& p, const Unit& unit,
+    const UnitRow& row) {
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32;
     float scale[2], lse[2];
-    int exponent[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float sum = quad_sum(softmax.sum[i]), inverse = reciprocal_or_zero(sum);
-        float largest = 0.f;
-#pragma unroll
-        for (int pass = 0; pass < Traits::kPasses; ++pass)
-#pragma unroll
-            for (int x = 2 * i; x < Traits::kColumns / 2; x += 4)
-                largest = fmaxf(largest, fmaxf(fabsf(o[pass][x]), fabsf(o[pass][x + 1])));
-        exponent[i] = row_exponent(quad_max(largest) * inverse);
-        scale[i] = inverse * power_of_two(-exponent[i]);
-        lse[i] = log2_sum_exp(finite_shift(softmax.reference[i]) + kHeadroom<typename Traits::T>, sum);
+        const float sum = quad_sum(softmax.sum[i]);
+        scale[i] = reciprocal_or_zero(sum);
+        lse[i] = log2_sum_exp(finite_shift(softmax.reference[i]) + kHeadroom<typename Traits::T>, sum) * kLn2;
     }
 #pragma unroll
     for (int pass = 0; pass < Traits::kPasses; ++pass) {
 #pragma unroll
         for (int i = 0; i < Traits::kColumns / 2; ++i) o[pass][i] *= scale[i / 2 % 2];
-        output_to_stage<Traits::kHeadDim, Traits::kColumns>(stage, o[pass], pass * Traits::kColumns);
+        output_to_stage<typename Traits::T, Traits::kHeadDim, Traits::kColumns>(
+            stage, o[pass], pass * Traits::kColumns);
     }
-    // Lane i < 16 stores those of row i, which the quad of row i % 8 has as its row i / 8.
-    const int from = lane % 8 * 4, which = lane / 8 % 2;
+    // Lane i < 16 stores that of row i, which the quad of row i % 8 has as its row i / 8.
+    const int from = lane % 8 * 4;
     const float lse_0 = __shfl_sync(~0u, lse[0], from), lse_1 = __shfl_sync(~0u, lse[1], from);
-    const int exponent_0 = __shfl_sync(~0u, exponent[0], from), exponent_1 = __shfl_sync(~0u, exponent[1], from);
-    if (lane < 16 && row.partial_row >= 0) {
-        p.lse_partial[first_partial_row(g, head) + row.partial_row] = which == 0 ? lse_0 : lse_1;
-        const int64_t query = static_cast<int64_t>(head) * g.num_queries + (row.query - g.query_begin);
-        p.shared_exponent[query * g.group_size + row.group_head] = which == 0 ? exponent_0 : exponent_1;
-    }
+    const int64_t head = static_cast<int64_t>(unit.kv_head) * g.group_size + row.group_head;
+    if (lane < 16 && row.exists()) p.lse[head * g.sequences.total_q + row.query] = lane < 8 ? lse_0 : lse_1;
 }
 
 // What inf and NaN among the values of the unit's blocks contribute to a warp's rows of O, which are in the stage.
 template <typename Traits>
 __device__ __forceinline__ void restore_unit(
-    __half* stage, const ForwardSharedParams& p, const Unit& unit, const UnitRow& row) {
+    typename Traits::T* stage, const ForwardSharedParams& p, const Unit& unit, const UnitRow& row) {
     const Geometry& g = p.geometry;
     const int subs = g.block_size / Traits::kSubBlockKeys, head_and_tile = unit.head * p.shared.num_tiles + unit.tile;
     const int4* entries = p.shared.blocks + static_cast<int64_t>(head_and_tile) * p.shared.max_blocks;
@@ -261,25 +109,67 @@ __device__ __forceinline__ void restore_unit(
     }
 }
 
-// A unit from load n on: its partials. Returns the first load of the next unit.
+template <typename Traits>
+__device__ __forceinline__ void store_rows(
+    uint32_t stage, const ForwardSharedParams& p, const Unit& unit, const UnitRow& row) {
+    using Stage = typename Traits::Stage;
+    using T = typename Traits::T;
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % 32;
+    const int64_t num_heads = static_cast<int64_t>(p.num_kv_heads) * g.group_size;
+    const int64_t head = static_cast<int64_t>(unit.kv_head) * g.group_size + row.group_head;
+    const uint64_t own =
+        reinterpret_cast<uint64_t>(static_cast<T*>(p.out) + (row.query * num_heads + head) * g.head_dim);
+    const unsigned existing = __ballot_sync(~0u, row.exists());
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
+        const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
+        T* const out = reinterpret_cast<T*>(__shfl_sync(~0u, own, tile_row));
+        const uint4 x = load_shared_16(stage + tile_row * Stage::kRowPitch + chunk * 16);
+        store_global_16(out + chunk * 8, x, (existing >> tile_row & 1) && chunk * 8 < g.head_dim);
+    }
+}
+
+// What a warpgroup has done.
+struct Progress {
+    int loads = 0;
+    int turns = 0;  // of products
+    int units = 0;
+};
+
+// O from the partials of the unit's rows: of `index`, from the next load on. The load behind them is there when it is done.
+template <typename Traits>
+__device__ __forceinline__ void add_partials(
+    const Pipeline<Traits>& pipeline, Progress& done, int index, int log2_rows, Output<Traits>& o,
+    OnlineSoftmax& softmax) {
+    auto& state = pipeline.state;
+    const auto has_partials = [&](const Load<Traits>& load) { return load.unit == index && load.first_partial >= 0; };
+    for (int& n = done.loads; uniform(has_partials(pipeline.load(n)));) {
+        pipeline.wait(state.values_full, n);
+#pragma unroll 1
+        for (int i = 0; i < kPartialsALoad; ++i)
+            add_partial<Traits>(
+                o, softmax, pipeline.partial_tile(n, i), pipeline.partial_scales(n, i), log2_rows,
+                threadIdx.x / 32 * 16);
+        pipeline.arrive(state.keys_empty, n);
+        pipeline.arrive(state.values_empty, n);
+        pipeline.wait(state.keys_landed, ++n);
+    }
+}
+
+// O += softmax(Q K^T) V over the sub-blocks that a unit shares: of `index`, from the next load on. Returns whether any value
+// was inf or NaN. The load behind them is there when it is done.
 //
 // O += P V of a load comes behind S of the next one, and runs while that becomes P: nothing that a warpgroup waits for
 // but S. (FlashAttention-3, arXiv 2407.08608, section 3.2.)
 template <typename Traits>
-__device__ __forceinline__ int run_unit(
-    const Pipeline<Traits>& pipeline, unsigned char* memory, int n, int u, const ForwardSharedParams& p) {
-    const Geometry& g = p.geometry;
-    const int warp = threadIdx.x / 32, warpgroup = warp / 4;
-    const uint32_t stage = pipeline.memory + pipeline.stage_offset(u, warp);
-    const int index = pipeline.load(n).unit;
-    const Unit unit = make_unit<Traits>(g, index);
-    UnitRow row = make_unit_row(g, unit, warp * 16 + threadIdx.x % 16);
-    // Asked for now, looked at behind the loop.
-    const int slot = __ldg(p.shared.slots + static_cast<int64_t>(unit.head) * g.num_queries + row.query_in_chunk);
-
+__device__ __forceinline__ bool attend(
+    const Pipeline<Traits>& pipeline, Progress& done, int index, uint32_t stage, const UnitRow& row,
+    float softmax_scale_log2, Output<Traits>& o, OnlineSoftmax& softmax) {
+    const int warpgroup = threadIdx.x / 128;
     auto& state = pipeline.state;
-    Output<Traits> o = {};
-    OnlineSoftmax softmax;
+    int &n = done.loads, &turn = done.turns;
     Scores<Traits> s;
     Probs<Traits> probs;
     HeldQueries<Traits> q;
@@ -293,9 +183,9 @@ __device__ __forceinline__ int run_unit(
         wgmma_wait<1>();
         pipeline.arrive(state.keys_empty, n);
         mask_invisible_keys<Traits>(s, last_visible);
-        const Update<Traits> update = update_references<Traits>(softmax, s, last_visible, p.softmax_scale_log2);
+        const Update<Traits> update = update_references<Traits>(softmax, s, last_visible, softmax_scale_log2);
         Probs<Traits> next_probs;  // those before are still being read
-        exponentiate<Traits>(next_probs, softmax, s, update, p.softmax_scale_log2);
+        exponentiate<Traits>(next_probs, softmax, s, update, softmax_scale_log2);
         // Between the exponentials and the wait, which ptxas would else move before them.
         pipeline.wait(state.keys_landed, n + 1);
         wgmma_wait<0>();
@@ -309,16 +199,15 @@ __device__ __forceinline__ int run_unit(
         begin_pv<Traits>(o, probs, pipeline.v_tile(n - 1));
     };
 
-    pipeline.wait_queries(u);
     load_query_fragments<Traits>(q, stage);
-    pipeline.await_turn(warpgroup, n);
+    pipeline.await_turn(warpgroup, turn++);
     begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
     pipeline.pass_turn(warpgroup);
     wgmma_commit();  // an empty batch where P V would be
     become_probs();
     for (++n; uniform(pipeline.load(n).unit == index); ++n) {
         load_query_fragments<Traits>(q, stage);
-        pipeline.await_turn(warpgroup, n);
+        pipeline.await_turn(warpgroup, turn++);
         begin_scores<Traits>(s, q, stage, pipeline.k_tile(n));
         begin_values();
         pipeline.pass_turn(warpgroup);
@@ -328,18 +217,35 @@ __device__ __forceinline__ int run_unit(
     begin_values();
     wgmma_wait<0>();
     pipeline.arrive(state.values_empty, n - 1);
+    return nonfinite_values;
+}
 
-    if (row.exists && slot >= 0)
-        row.partial_row = (row.query_in_chunk * g.topk + slot) * g.subs * g.group_size + row.group_head;
-    finish_rows<Traits>(stage, o, softmax, p, unit.head, row);
+// The unit whose first load is there, and so is the load behind its last one when it is done.
+template <typename Traits>
+__device__ __forceinline__ void run_unit(
+    const Pipeline<Traits>& pipeline, unsigned char* memory, Progress& done, const Sm90Params& p) {
+    const int warp = threadIdx.x / 32, u = done.units++;
+    const uint32_t stage = pipeline.memory + pipeline.stage_offset(u, warp);
+    const int index = pipeline.load(done.loads).unit;
+    const Unit unit = make_unit<Traits>(p.geometry, index);
+    const UnitRow row = make_unit_row(p.geometry, unit, warp * 16 + threadIdx.x % 16);
+
+    Output<Traits> o = {};
+    OnlineSoftmax softmax;
+    bool nonfinite_values = false;
+    add_partials<Traits>(pipeline, done, index, p.log2_partial_rows, o, softmax);
+    pipeline.wait_queries(u);  // and the stage is O's from here on
+    if (uniform(pipeline.load(done.loads).unit == index))
+        nonfinite_values = attend<Traits>(pipeline, done, index, stage, row, p.softmax_scale_log2, o, softmax);
+
+    finish_rows<Traits>(stage, o, softmax, p, unit, row);
     if (nonfinite_values) {
         __syncwarp();
-        restore_unit<Traits>(reinterpret_cast<__half*>(memory + pipeline.stage_offset(u, warp)), p, unit, row);
+        auto* rows = reinterpret_cast<typename Traits::T*>(memory + pipeline.stage_offset(u, warp));
+        restore_unit<Traits>(rows, p, unit, row);
     }
-    store_partials<Traits::kHeadDim>(
-        stage, p.o_partial + first_partial_row(g, unit.head) * g.head_dim, g.head_dim, row);
+    store_rows<Traits>(stage, p, unit, row);
     pipeline.arrive_queries_empty(u);
-    return n;
 }
 
 template <typename Traits>
@@ -358,12 +264,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const
     }
     if constexpr (Traits::kHoldsQueries) claim_registers<Traits::kRegisters>();
     if (warp >= 4) pipeline.pass_turn(1);
-    int n = 0;
-    for (int u = 0;; ++u) {
-        pipeline.wait(pipeline.state.keys_landed, n);
-        if (uniform(pipeline.load(n).unit < 0)) return;
-        n = run_unit<Traits>(pipeline, memory, n, u, p);
-    }
+    Progress done;
+    pipeline.wait(pipeline.state.keys_landed, 0);
+    while (uniform(pipeline.load(done.loads).unit >= 0)) run_unit<Traits>(pipeline, memory, done, p);
 }
 
 }  // namespace forward_shared
@@ -371,11 +274,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const
 template <typename T, int kHeadDim>
 void launch_forward_shared_sm90(const ForwardSharedParams& p, cudaStream_t stream) {
     using Traits = ForwardSharedTraits<T, kHeadDim>;
+    const Geometry& g = p.geometry;
     const auto map = [&](const RowTensor& tensor) {
-        return make_tensor_map<T, typename Traits::Box>(
-            tensor, p.geometry.sequences.total_k, p.num_kv_heads, p.geometry.head_dim);
+        return make_tensor_map<T, typename Traits::Box>(tensor, g.sequences.total_k, p.num_kv_heads, g.head_dim);
     };
-    const forward_shared::Sm90Params params = {p, map(p.k), map(p.v)};
+    // Boxes of partials: of one query, and of up to eight where one such has all heads of a group.
+    int log2_rows = 0, log2_queries = 0;
+    while (g.group_size % (2 << log2_rows) == 0 && 2 << log2_rows <= Traits::kRows) ++log2_rows;
+    while (g.group_size == 1 << log2_rows && log2_queries < 3 && 2 << (log2_rows + log2_queries) <= Traits::kRows)
+        ++log2_queries;
+    const auto partial_map = [&](int queries) {
+        return make_partial_map<typename Traits::PartialTile>(p.o_partial, g, 1 << log2_rows, queries);
+    };
+    const forward_shared::Sm90Params params = {
+        p, map(p.k), map(p.v), partial_map(1), partial_map(1 << log2_queries), log2_rows, log2_queries};
     const auto kernel = forward_shared::forward_shared_sm90<Traits>;
     launch("forward_shared_sm90", kernel, {dim3(sm_count()), Traits::kThreads, Traits::kSharedBytes}, params, stream);
 }

@@ -41,8 +41,10 @@ struct ForwardSharedTraits {
     // Shared memory: rows of two units; K and V of as many loads as there is room for.
     using Tile = WgmmaTile<kTileK, kHeadDim>;        // K or V of a load
     using Box = WgmmaTile<kSubBlockKeys, kHeadDim>;  // of a sub-block: what a copy brings
+    using PartialTile = WgmmaTile<kRows, kHeadDim>;  // partials of a unit's rows, where K or V of another load would be
+    static_assert(PartialTile::kBytes <= Tile::kBytes);
     using Stage = forward_main::QueryStage<kHeadDim>;
-    static constexpr int kStateBytes = 1024;
+    static constexpr int kStateBytes = 1024 + 64 * kRows;  // room for four buffers
     static constexpr int kMaxSharedBytes = 227 * 1024 - kStateBytes;
     static constexpr int kQueryBytes = kWarps * Stage::kBytes;
     static constexpr int kQueryBuffers = 2;

@@ -52,23 +52,27 @@ __device__ __forceinline__ TileQueries queries_of_rows(const Geometry& g, const 
 }
 
 // A row of a unit. Rows behind the tile's last one, or the chunk's last query, are rows of some query of the chunk, and do not
-// exist. No key is visible yet, and no place known.
-struct UnitRow : QueryRow {
+// exist. No key is visible yet.
+struct UnitRow : QueryRow {  // partial_row: the row's first partial; the next is group_size rows behind it
     int query_in_tile;
     int query_in_chunk;
-    bool exists;
+
+    __device__ __forceinline__ bool exists() const {
+        return partial_row >= 0;
+    }
 };
 
 __device__ __forceinline__ UnitRow make_unit_row(const Geometry& g, const Unit& unit, int row) {
     const int tile_row = unit.first_row + row, query_in_tile = g.by_group_size.quotient(tile_row);
-    const int query = unit.tile * kQueryTile + query_in_tile;
     UnitRow r;
     r.query_in_tile = min(query_in_tile, kQueryTile - 1);
+    const int query = unit.tile * kQueryTile + r.query_in_tile;
     r.query_in_chunk = min(query, g.num_queries - 1);
-    r.exists = query_in_tile < kQueryTile && query < g.num_queries;
     r.query = g.query_begin + r.query_in_chunk;
     r.group_head = tile_row - query_in_tile * g.group_size;
-    r.partial_row = r.last_visible = -1;
+    const bool exists = query_in_tile < kQueryTile && query < g.num_queries;
+    r.partial_row = exists ? query * g.topk * g.subs * g.group_size + r.group_head : -1;
+    r.last_visible = -1;
     return r;
 }
 

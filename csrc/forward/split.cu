@@ -13,9 +13,8 @@ namespace {
 constexpr int kThreads = kQueryTile;
 // Blocks that the tables hold at a time: 16 bytes of shared memory each. Longer sequences are taken window by window.
 constexpr int kWindow = 2048;
-constexpr int kBatch = 16;            // slots a query whose ids lie in shared memory at a time
-constexpr int32_t kKeep = INT32_MIN;  // a slot of another window: not written
-using QueryBits = unsigned[2];        // of a tile: query i is bit i % 32 of word i / 32
+constexpr int kBatch = 16;      // slots a query whose ids lie in shared memory at a time
+using QueryBits = unsigned[2];  // of a tile: query i is bit i % 32 of word i / 32
 static_assert(kQueryTile == 64, "two words a tile");
 
 using Batch = int[kQueryTile][kBatch + 1];  // an odd pitch, since a thread reads along a row
@@ -24,7 +23,7 @@ struct SplitMemory {
     QueryBits* selected;  // [window]: the queries that select a block
     QueryBits* taken;     // [window]: those of them whose slot is shared
     Batch* ids;           // of a batch, as in topk_idx
-    Batch* results;       // of a batch, for scattered_idx
+    Batch* scattered;     // scattered_idx of the tile, if a batch holds it
     int* owned;           // [kQueryTile / 32]
 };
 
@@ -37,8 +36,8 @@ __device__ __forceinline__ SplitMemory carve_split_memory(void* shared, int wind
     m.selected = static_cast<QueryBits*>(shared);
     m.taken = m.selected + window;
     m.ids = reinterpret_cast<Batch*>(m.taken + window);
-    m.results = m.ids + 1;
-    m.owned = reinterpret_cast<int*>(m.results + 1);
+    m.scattered = m.ids + 1;
+    m.owned = reinterpret_cast<int*>(m.scattered + 1);
     return m;
 }
 
@@ -65,10 +64,8 @@ struct TileSlots {
         for_each(first, [&](int i, int64_t, int row, int slot) { batch[row][slot] = ids[i]; });
     }
 
-    __device__ __forceinline__ void store(int32_t* scattered_idx, const Batch& batch, int first) const {
-        for_each(first, [&](int, int64_t index, int row, int slot) {
-            if (batch[row][slot] != kKeep) scattered_idx[index] = batch[row][slot];
-        });
+    __device__ __forceinline__ void store(int32_t* scattered_idx, const Batch& batch) const {
+        for_each(0, [&](int, int64_t index, int row, int slot) { scattered_idx[index] = batch[row][slot]; });
     }
 };
 
@@ -92,8 +89,8 @@ __device__ __forceinline__ TileQuery load_tile_query(const Geometry& g, int quer
     return q;
 }
 
-// Calls f(slot, id) for each slot of the thread's query; stores what it returns, unless that is kKeep, if kStore.
-template <bool kStore, typename F>
+// Calls f(id) for each slot of the thread's query.
+template <typename F>
 __device__ __forceinline__ void for_each_slot(
     const ForwardSplitParams& p, const SplitMemory& shared, const TileSlots& tile, F&& f) {
     for (int first = 0; first < tile.topk; first += kBatch) {
@@ -103,16 +100,8 @@ __device__ __forceinline__ void for_each_slot(
             __syncthreads();
         }
         const int query = threadIdx.x, size = query < tile.num_queries ? min(kBatch, tile.topk - first) : 0;
-#pragma unroll 4
-        for (int slot = 0; slot < size; ++slot) {
-            const int result = f(first + slot, (*shared.ids)[query][slot]);
-            if constexpr (kStore) (*shared.results)[query][slot] = result;
-        }
-        if constexpr (kStore) {
-            __syncthreads();
-            tile.store(p.scattered_idx, *shared.results, first);
-            __syncthreads();
-        }
+#pragma unroll 2
+        for (int slot = 0; slot < size; ++slot) f((*shared.ids)[query][slot]);
     }
 }
 
@@ -143,11 +132,15 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
         min(g.num_queries - tile * kQueryTile, kQueryTile), g.topk};
     const int window = min(g.num_blocks, kWindow);
     const SplitMemory shared = carve_split_memory(dynamic_shared_memory(), window);
-    if (g.topk <= kBatch) slots.load(*shared.ids, p.topk_idx, 0);
+    const bool fits = g.topk <= kBatch;
+    if (fits) slots.load(*shared.ids, p.topk_idx, 0);
     const TileQuery own = load_tile_query(g, query);
     const int64_t head_and_tile = static_cast<int64_t>(head) * gridDim.x + tile;
     int4* entries = out.blocks + head_and_tile * out.max_blocks;
-    int num_entries = 0, shared_slot = -1;
+    // Of the thread's query. By way of shared memory, if they fit, since a thread's own do not lie side by side with others'.
+    int32_t* const scattered =
+        fits ? (*shared.scattered)[threadIdx.x] : p.scattered_idx + (slots.first_row + threadIdx.x) * g.topk;
+    int num_entries = 0, num_scattered = 0;
 
     for (int window_begin = 0; window_begin < g.num_blocks; window_begin += kWindow) {
         __syncthreads();  // the tables of the window before are done with, and ids are there
@@ -160,42 +153,35 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
         for (int i = threadIdx.x; i < window; i += kThreads)  // of both tables
             reinterpret_cast<uint4*>(shared.selected)[i] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-        for_each_slot<false>(p, shared, slots, [&](int, int id) {
+        for_each_slot(p, shared, slots, [&](int id) {
             const int block = block_of(id);
             if (block >= 0) atomicOr(&shared.selected[block][own.word], own.bit);
-            return id;
         });
 
         __syncthreads();
         // A block listed twice by a query is shared once: the second slot stays with main.
         int owned = 0;
-        for_each_slot<true>(p, shared, slots, [&](int slot, int id) {
+        for_each_slot(p, shared, slots, [&](int id) {
             const int block = block_of(id);
-            if (block < 0) {
-                const bool unused = static_cast<unsigned>(id) >= static_cast<unsigned>(own.num_visible);
-                return unused && window_begin == 0 ? -1 : kKeep;
-            }
+            if (block < 0) return;
             const QueryBits& queries = shared.selected[block];
-            if (__popc(queries[0]) + __popc(queries[1]) < p.min_queries) return id;
-            if (atomicOr(&shared.taken[block][own.word], own.bit) & own.bit) return id;
-            owned += first_query_of(queries) == static_cast<int>(threadIdx.x);
-            if (shared_slot >= 0) return -1;
-            shared_slot = slot;
-            return kSharedSlot;
+            bool is_shared = __popc(queries[0]) + __popc(queries[1]) >= p.min_queries;
+            if (is_shared) is_shared = !(atomicOr(&shared.taken[block][own.word], own.bit) & own.bit);
+            owned += is_shared && first_query_of(queries) == static_cast<int>(threadIdx.x);
+            if (!is_shared) scattered[num_scattered++] = id;
         });
 
         int owned_by_all;
         int entry = num_entries + prefix_sum(owned, shared.owned, owned_by_all);
-        for_each_slot<false>(p, shared, slots, [&](int, int id) {
+        for_each_slot(p, shared, slots, [&](int id) {
             const int block = block_of(id);
-            if (block < 0 || owned == 0) return id;
+            if (block < 0 || owned == 0) return;
             const QueryBits& queries = shared.selected[block];
             // A taken block is entered once, by its first query.
-            if (first_query_of(queries) != static_cast<int>(threadIdx.x)) return id;
-            if (!(atomicAnd(&shared.taken[block][own.word], ~own.bit) & own.bit)) return id;
+            if (first_query_of(queries) != static_cast<int>(threadIdx.x)) return;
+            if (!(atomicAnd(&shared.taken[block][own.word], ~own.bit) & own.bit)) return;
             entries[entry++] = make_int4(
                 window_begin + block, own.sequence, static_cast<int>(queries[0]), static_cast<int>(queries[1]));
-            return id;
         });
         num_entries += owned_by_all;
     }
@@ -204,7 +190,13 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
         entries[i] = make_int4(0, 0, 0, 0);
     if (threadIdx.x == 0) out.counts[head_and_tile] = num_entries;
     if (threadIdx.x == 0 && tile == 0 && head == 0) *out.next = 0;
-    if (query < g.num_queries) out.slots[static_cast<int64_t>(head) * g.num_queries + query] = shared_slot;
+    if (query < g.num_queries) {
+        out.scattered_counts[static_cast<int64_t>(head) * g.num_queries + query] = num_scattered;
+        for (int i = 0; i < g.topk; ++i)
+            if (i >= num_scattered) scattered[i] = -1;
+    }
+    __syncthreads();
+    if (fits) slots.store(p.scattered_idx, *shared.scattered);
 }
 
 }  // namespace
