@@ -78,13 +78,13 @@ struct PlanParams {
     int edges_per_item;
 };
 
-// A query tile: this many neighbouring query tokens of a chunk. A block that enough of them select is shared: the tile
-// attends to all its shared blocks query-outer, and leaves no partials for them.
+// A query tile: this many neighbouring query tokens of a chunk, in runs. A block that enough queries of a run select is
+// shared by these: they attend to it query-outer, and main leaves no partials for it.
 constexpr int kQueryTile = 64;
 
 struct SharedBlocks {
     // [num_heads, num_tiles, max_blocks]: block, among those of all sequences; its sequence; queries 0 .. 31 of the tile
-    // that share it, a bit each; queries 32 .. 63. Zero where not in use.
+    // that share it, a bit each; queries 32 .. 63. Of those not in use the first 32 are there to be read.
     int4* blocks;
     int32_t* counts;            // [num_heads, num_tiles]: how many blocks are in use
     int32_t* scattered_counts;  // [num_heads, num_queries]: slots of a query in scattered_idx that are in use
@@ -99,7 +99,8 @@ struct ForwardSplitParams {
     // Like topk_idx, written where the chunk is: the blocks of a query that are not shared, then -1.
     int32_t* scattered_idx;
     SharedBlocks shared;
-    int min_queries;  // queries of a tile that must select a block for it to be shared
+    int run_queries;  // of a run: 8, 16, 32 or 64
+    int min_queries;  // queries of a run that must select a block for it to be shared
 };
 
 struct ForwardMainParams {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import workspace
 from .problem import Chunk, Problem
-from .tiling import SHARED_MIN_QUERIES
+from .tiling import sharing_run
 from .workspace import Sizes
 
 
@@ -119,7 +119,8 @@ def _forward_chunk(
     if scattered_idx is not None:
         specs = workspace.shared_buffers(sizes, num_heads, num_queries)
         shared = {name: spec.empty(device) for name, spec in specs.items()}
-        stages.forward_split(problem, chunk, SHARED_MIN_QUERIES, scattered_idx, **shared)
+        run = sharing_run(problem.group_size, problem.block_size)
+        stages.forward_split(problem, chunk, *run, scattered_idx, **shared)
         problem = dataclasses.replace(problem, topk_idx=scattered_idx)
     per_item = workspace.edges_per_item(sizes, "forward", num_heads, num_queries, limit)
     plan = stages.plan(problem, chunk, per_item, workspace.query_ranges(sizes, "forward", num_queries))

@@ -19,8 +19,9 @@ _SHARED = "Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, 
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _library.define(
-    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int min_queries, Tensor(a!) scattered_idx, "
-    "Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) scattered_counts, Tensor(e!) shared_next) -> ()"
+    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int run_queries, int min_queries, "
+    "Tensor(a!) scattered_idx, Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) scattered_counts, "
+    "Tensor(e!) shared_next) -> ()"
 )
 _library.define(
     f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
@@ -74,14 +75,18 @@ def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 
 def shares_blocks(problem: Problem) -> bool:
-    """Whether the forward has its query-outer stages, split and shared: on sm_90a, for blocks of 64 keys and more."""
-    supported = kernel_arch(problem.q.device) >= 90 and problem.block_size % 64 == 0
-    return supported and pays_to_share_blocks(problem.group_size)
+    """Whether the forward has its query-outer stages, split and shared.
+
+    They are there on sm_90a, for blocks of 64 keys and more and groups of an even number of heads.
+    """
+    supported = problem.block_size % 64 == 0 and problem.group_size % 2 == 0
+    return supported and kernel_arch(problem.q.device) >= 90 and pays_to_share_blocks(problem.group_size)
 
 
 def forward_split(
     problem: Problem,
     chunk: Chunk,
+    run_queries: int,
     min_queries: int,
     scattered_idx: Tensor,
     shared_blocks: Tensor,
@@ -89,11 +94,15 @@ def forward_split(
     scattered_counts: Tensor,
     shared_next: Tensor,
 ) -> None:
-    """Find the blocks that at least `min_queries` of a query tile select; leave the others in `scattered_idx`."""
+    """Find the blocks that at least `min_queries` of a run select; leave the others in `scattered_idx`.
+
+    A run is `run_queries` neighbouring queries, a part of a query tile.
+    """
     _ops._forward_split(
         *_selection(problem),
         *_chunk(problem, chunk),
         problem.total_k,
+        run_queries,
         min_queries,
         scattered_idx,
         shared_blocks,

@@ -127,8 +127,8 @@ class Split:
     blocks: dict[tuple[int, int], set[tuple[int, int, int]]]
 
 
-def split(problem: Problem, chunk: Chunk, min_queries: int) -> Split:
-    """Counts, tile by tile, the queries that select each block; a query's second listing of a block is not shared."""
+def split(problem: Problem, chunk: Chunk, run_queries: int, min_queries: int) -> Split:
+    """Counts, run by run, the queries that select each block; a query's second listing of a block is not shared."""
     chosen = selection(problem, chunk, problem.block_size)
     ids = problem.topk_idx[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
     shared = torch.zeros_like(ids, dtype=torch.bool)
@@ -139,15 +139,21 @@ def split(problem: Problem, chunk: Chunk, min_queries: int) -> Split:
             for query, row in enumerate(by_query[begin : begin + QUERY_TILE]):
                 for block in {*row} - {-1}:
                     queries.setdefault(block, set()).add(query)
+            sharing = {
+                block: {
+                    query for query in who if sum(query // run_queries == x // run_queries for x in who) >= min_queries
+                }
+                for block, who in queries.items()
+            }
             blocks[head, begin // QUERY_TILE] = {
                 (block, int(chosen.sequence[begin + min(who)]), sum(1 << query for query in who))
-                for block, who in queries.items()
-                if len(who) >= min_queries
+                for block, who in sharing.items()
+                if who
             }
-            for query, row in enumerate(by_query[begin : begin + QUERY_TILE], begin):
+            for query, row in enumerate(by_query[begin : begin + QUERY_TILE]):
                 for slot, block in enumerate(row):
-                    if block >= 0 and len(queries[block]) >= min_queries and row.index(block) == slot:
-                        shared[head, query, slot] = True
+                    if block >= 0 and query in sharing[block] and row.index(block) == slot:
+                        shared[head, begin + query, slot] = True
     left = (chosen.block >= 0) & ~shared
     in_front = left.int().sort(dim=-1, descending=True, stable=True)
     scattered = torch.where(in_front.values.bool(), ids.gather(-1, in_front.indices), -1)

@@ -1,4 +1,4 @@
-"""forward_split and forward_shared: blocks that a query tile shares are attended to query-outer, the rest is merged."""
+"""forward_split and forward_shared: blocks that neighbours share are attended to query-outer, the rest is merged."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ from torch import Tensor
 import fsa
 from fsa import backends, workspace
 from fsa.problem import Chunk, Problem
-from fsa.tiling import SHARED_MIN_QUERIES
 
+# Queries of a run, and how many of them must select a block. A quarter of a tile shares some slots of CASES and not others.
+RUNS = ((64, 1), (64, 8), (64, 64), (32, 5), (16, 4), (8, 1), (8, 3))
+ALL, QUARTER_OF_A_TILE = (64, 1), (64, 16)
 DTYPES = (torch.float16, torch.bfloat16)
 SUB_BLOCK = 64  # keys of a sub-block in forward_shared
 # Tiles that share more sub-blocks than a loader's warp has lanes.
 LONG_LISTS = (
     Case("many_blocks", (70,), (2500,), 1, 2, 16, 40, 64, causal=False),
-    Case("many_sub_blocks", (70,), (2500,), 1, 3, 16, 14, 256, causal=False),
+    Case("many_sub_blocks", (70,), (2500,), 1, 6, 16, 14, 256, causal=False),
 )
 CASES = (
-    Case("one_head", (150,), (150,), 2, 1, 64, 3, 64),
-    Case("ragged", (37, 0, 1, 3, 90), (37, 0, 5, 3, 170), 2, 3, 24, 5, 64),
+    Case("two_heads", (150,), (150,), 2, 2, 64, 3, 64),
+    Case("ragged", (37, 0, 1, 3, 90), (37, 0, 5, 3, 170), 2, 6, 24, 5, 64),
     Case("full", (1, 70), (70, 133), 1, 2, 128, 7, 64, causal=False),
-    Case("sub_blocks", (70,), (300,), 1, 2, 80, 2, 256),
+    Case("sub_blocks", (70,), (300,), 1, 10, 80, 2, 256),
     Case("wide_head", (40,), (140,), 1, 16, 256, 2, 128),
     Case("many_slots", (80,), (200,), 1, 4, 136, 21, 64),
     Case("chunk", (90, 160), (90, 175), 3, 2, 16, 4, 128, heads=(1, 3), queries=(37, 190)),
@@ -61,16 +63,16 @@ def stages() -> ModuleType:
 
 
 def run_split(
-    stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int = SHARED_MIN_QUERIES
+    stages: ModuleType, problem: Problem, chunk: Chunk, run: tuple[int, int] = QUARTER_OF_A_TILE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """scattered_idx of the chunk, and the other results; nothing is written outside the chunk."""
     sizes = workspace.Sizes.of(problem, shares_blocks=True)
     buffers = poisoned(workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
-    most = QUERY_TILE * problem.topk // min_queries
+    most = QUERY_TILE * problem.topk // run[1]
     buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
     buffers, wholes = carved({**buffers, "scattered": torch.full_like(problem.topk_idx, POISON)})
     scattered = buffers.pop("scattered")
-    stages.forward_split(problem, chunk, min_queries, scattered, **buffers)
+    stages.forward_split(problem, chunk, *run, scattered, **buffers)
     assert_margins(wholes)
     assert ((buffers["shared_counts"] >= 0) & (buffers["shared_counts"] <= most)).all()
     mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
@@ -91,15 +93,15 @@ def assert_split(actual: tuple[Tensor, dict[str, Tensor]], wanted: Split) -> Non
         rows = buffers["shared_blocks"][head, tile].tolist()
         assert count == len(blocks)
         assert {(block, b, low % 2**32 + high % 2**32 * 2**32) for block, b, low, high in rows[:count]} == blocks
-        assert all(row == [0] * 4 for row in rows[count:])
+        assert all(row == [0] * 4 for row in rows[count:32])
+        assert all(row == [POISON] * 4 for row in rows[max(count, 32) :])
 
 
-@pytest.mark.parametrize("min_queries", [1, 8, SHARED_MIN_QUERIES, QUERY_TILE])
+@pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_split(stages: ModuleType, case: Case, min_queries: int) -> None:
+def test_split(stages: ModuleType, case: Case, run: tuple[int, int]) -> None:
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    actual = run_split(stages, problem, chunk, min_queries)
-    assert_split(actual, stage_reference.split(problem, chunk, min_queries))
+    assert_split(run_split(stages, problem, chunk, run), stage_reference.split(problem, chunk, *run))
 
 
 def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
@@ -108,18 +110,19 @@ def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     assert problem.num_blocks > 4096
     problem.topk_idx[:, 150:200, 2:4] = torch.tensor([2400, 2047], dtype=torch.int32)
-    assert_split(run_split(stages, problem, chunk), stage_reference.split(problem, chunk, SHARED_MIN_QUERIES))
+    for run in RUNS:
+        assert_split(run_split(stages, problem, chunk, run), stage_reference.split(problem, chunk, *run))
 
 
-@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES])
+@pytest.mark.parametrize("run", [ALL, (8, 2)], ids=str)
 @pytest.mark.parametrize("cu_seqlens", [[0, 200, 100, 127], [5, 40, 40, 90], [-50, 2**31 - 1, 300, -(2**31)]], ids=str)
-def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int], min_queries: int) -> None:
+def test_hostile_cu_seqlens_stay_in_bounds(stages: ModuleType, cu_seqlens: list[int], run: tuple[int, int]) -> None:
     """run_split and run_shared look at what lies beside what they write, and at the counts."""
-    case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 64)
+    case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 2, 8, 5, 64)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
     problem = dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile)
-    scattered_idx, split = run_split(stages, problem, chunk, min_queries)
+    scattered_idx, split = run_split(stages, problem, chunk, run)
     problem = dataclasses.replace(problem, topk_idx=scattered_idx)  # the chunk is all there is
     run_shared(stages, problem, chunk, split, forward_buffers(problem, chunk))
 
@@ -135,14 +138,14 @@ def run_shared(
     return results["out"], results["lse"]
 
 
-def assert_shared(stages: ModuleType, problem: Problem, chunk: Chunk, min_queries: int) -> None:
-    scattered_idx, split = run_split(stages, problem, chunk, min_queries)
+def assert_shared(stages: ModuleType, problem: Problem, chunk: Chunk, run: tuple[int, int]) -> None:
+    scattered_idx, split = run_split(stages, problem, chunk, run)
     whole = torch.full_like(problem.topk_idx, POISON)
     whole[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end] = scattered_idx
     scattered = dataclasses.replace(problem, topk_idx=whole)
     partials = make_partials(scattered, chunk)
     results = run_shared(stages, scattered, chunk, split, partials)
-    shared = stage_reference.split(problem, chunk, min_queries).shared
+    shared = stage_reference.split(problem, chunk, *run).shared
     output, lse = unscaled(scattered, chunk, partials), partials["lse_partial"]
 
     def expected(index: int) -> Expected:
@@ -154,11 +157,11 @@ def assert_shared(stages: ModuleType, problem: Problem, chunk: Chunk, min_querie
     assert_results(problem, chunk, results, (expected(0), expected(1)))
 
 
-@pytest.mark.parametrize("min_queries", [1, SHARED_MIN_QUERIES, QUERY_TILE])
+@pytest.mark.parametrize("run", [ALL, QUARTER_OF_A_TILE, (64, 64), (8, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_shared(stages: ModuleType, case: Case, dtype: torch.dtype, min_queries: int) -> None:
-    assert_shared(stages, make_problem(case, dtype), make_chunk(case), min_queries)
+def test_shared(stages: ModuleType, case: Case, dtype: torch.dtype, run: tuple[int, int]) -> None:
+    assert_shared(stages, make_problem(case, dtype), make_chunk(case), run)
 
 
 def test_nothing_attended(stages: ModuleType) -> None:
@@ -179,40 +182,40 @@ def test_values_of_any_size(stages: ModuleType, dtype: torch.dtype, log2_size: i
     case = CASES[1]
     problem = make_problem(case, dtype)
     problem = dataclasses.replace(problem, v=(problem.v.double().clamp(-3.9, 3.9) * 2.0**log2_size).to(dtype))
-    assert_shared(stages, problem, make_chunk(case), 1)
+    assert_shared(stages, problem, make_chunk(case), ALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nonfinite_keys_and_values_reach_only_who_sees_them(stages: ModuleType, dtype: torch.dtype) -> None:
-    case = Case("nonfinite", (70,), (70,), 1, 3, 24, 2, 64)
+    case = Case("nonfinite", (70,), (70,), 1, 6, 24, 2, 64)
     problem, chunk = make_problem(case, dtype), make_chunk(case)
     k, v = problem.k.clone(), problem.v.clone()
     v[5, 0, 3], v[9, 0, 3], v[12, 0, 4], v[40, 0], v[66, 0, 0] = torch.inf, -torch.inf, torch.inf, torch.nan, -torch.inf
     k[50, 0, 3] = torch.nan
-    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, 1)
+    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, ALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nonfinite_keys_and_values_of_the_next_sequence(stages: ModuleType, dtype: torch.dtype) -> None:
     """Which share a sub-block's rows in memory with the keys of the one before it, whose last block is not full."""
-    case = Case("next_sequence", (70, 70), (70, 70), 1, 3, 24, 2, 64)
+    case = Case("next_sequence", (70, 70), (70, 70), 1, 6, 24, 2, 64)
     problem, chunk = make_problem(case, dtype), make_chunk(case)
     k, v = problem.k.clone(), problem.v.clone()
     v[70, 0, 3], v[71, 0], v[120, 0, 5], k[72, 0, 3], k[101, 0] = torch.inf, torch.nan, -torch.inf, torch.nan, torch.inf
-    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, 1)
+    assert_shared(stages, dataclasses.replace(problem, k=k, v=v), chunk, ALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(stages: ModuleType, dtype: torch.dtype) -> None:
     problem = make_problem(CASES[0], dtype)
     problem = dataclasses.replace(problem, q=problem.q * 100, k=problem.k * 100)
-    assert_shared(stages, problem, make_chunk(CASES[0]), 1)
+    assert_shared(stages, problem, make_chunk(CASES[0]), ALL)
 
 
 @pytest.mark.parametrize("case", LONG_LISTS, ids=str)
 def test_lists_are_long(case: Case) -> None:
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    blocks = stage_reference.split(problem, chunk, SHARED_MIN_QUERIES).blocks[0, 0]
+    blocks = stage_reference.split(problem, chunk, *QUARTER_OF_A_TILE).blocks[0, 0]
     assert len(blocks) * problem.block_size // SUB_BLOCK > 32
 
 
@@ -226,7 +229,7 @@ def test_sums_of_huge_values_are_finite(stages: ModuleType, rise: float) -> None
     ids = torch.arange(18, dtype=torch.int32, device=DEVICE).expand_as(problem.topk_idx).contiguous()
     scale = stage_reference.LN_2
     problem = dataclasses.replace(problem, q=q, k=k, v=v + 2.0**127, topk_idx=ids, softmax_scale=scale)
-    assert_shared(stages, problem, chunk, SHARED_MIN_QUERIES)
+    assert_shared(stages, problem, chunk, QUARTER_OF_A_TILE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def run_forward(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("group_size", [2, 6, 16])
 def test_the_forward_shares_blocks(
     stages: ModuleType, group_size: int, block_size: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
@@ -267,8 +270,8 @@ def test_heads_that_are_one_in_memory(stages: ModuleType, poisoned_memory: None)
 
 @pytest.mark.parametrize(
     ("target", "changes"),
-    [(NEWEST, {"group_size": 1}), (NEWEST, {"block_size": 32}), (SM_80, {})],
-    ids=["group_size_1", "block_size_32", "sm_80"],
+    [(NEWEST, {"group_size": 1}), (NEWEST, {"group_size": 3}), (NEWEST, {"block_size": 32}), (SM_80, {})],
+    ids=["group_size_1", "group_size_3", "block_size_32", "sm_80"],
 )
 def test_the_forward_does_not_share_blocks(
     target: Target, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None

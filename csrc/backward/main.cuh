@@ -313,6 +313,7 @@ __device__ __forceinline__ void store_key_gradients(
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     backward_main(const __grid_constant__ BackwardMainParams p) {
+    await_kernel_before();
     unsigned char* shared_memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const SharedTiles<Traits> shared = carve_shared_memory<Traits>(shared_memory);
     const Geometry& g = p.geometry;

@@ -275,6 +275,7 @@ __device__ __forceinline__ void store_key_gradients(
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     backward_main_sm90(const __grid_constant__ BackwardMainParams p) {
+    await_kernel_before();
     const SharedTiles<Traits> shared =
         carve_shared_memory<Traits>(static_cast<unsigned char*>(dynamic_shared_memory()));
     const WorkItem& item = shared.state->queue.item;

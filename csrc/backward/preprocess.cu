@@ -24,6 +24,7 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
 // kLanes lanes a (query, head) row, lane i on columns 8i .. 8i+7.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads) backward_preprocess(BackwardPreprocessParams p) {
+    await_kernel_before();
     const int64_t num_rows = static_cast<int64_t>(p.total_q) * p.num_heads;
     const int64_t own_row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
     const int64_t row = min(own_row, num_rows - 1);

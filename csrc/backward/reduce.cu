@@ -15,6 +15,7 @@ constexpr int kSlices = 8;  // CTAs that share a cell: the pieces of a block tha
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<kLanes>::kMinCtas)
     backward_reduce_dq(const __grid_constant__ BackwardReduceParams p) {
+    await_kernel_before();
     constexpr int kBatch = ReduceTraits<kLanes>::kBatch;
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % kLanes, column = 8 * lane, num_partials = g.topk * g.subs;
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<k
 // A CTA a cell and slice of its elements; cells of a single work item were written by main.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) backward_reduce_dkv(BackwardReduceParams p) {
+    await_kernel_before();
     const Geometry& g = p.geometry;
     const KeyValueGradients& out = p.gradients;
     const int cell = blockIdx.x, begin = p.csr_offsets[cell], num_edges = p.csr_offsets[cell + 1] - begin;

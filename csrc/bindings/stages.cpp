@@ -181,8 +181,9 @@ SharedBlocks shared_blocks_of(
 
 void forward_split(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t min_queries,
-    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next) {
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t run_queries,
+    int64_t min_queries, Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts,
+    Tensor shared_next) {
     const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                               query_begin, query_end,    block_size,   causal,     total_k};
     ForwardSplitParams p = {};
@@ -192,9 +193,13 @@ void forward_split(
     p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
     p.scattered_idx = static_cast<int32_t*>(scattered_idx.mutable_data_ptr());
     p.shared = shared_blocks_of(p.geometry, shared_blocks, shared_counts, scattered_counts, shared_next);
-    STD_TORCH_CHECK(min_queries >= 1 && min_queries <= kQueryTile, "min_queries out of range");
+    STD_TORCH_CHECK(
+        run_queries == 8 || run_queries == 16 || run_queries == 32 || run_queries == kQueryTile,
+        "run_queries must be 8, 16, 32 or 64");
+    STD_TORCH_CHECK(min_queries >= 1 && min_queries <= run_queries, "min_queries out of range");
     STD_TORCH_CHECK(
         p.shared.max_blocks >= kQueryTile * p.geometry.topk / min_queries, "shared_blocks may hold too few blocks");
+    p.run_queries = static_cast<int>(run_queries);
     p.min_queries = static_cast<int>(min_queries);
     const DeviceGuard guard(topk_idx.get_device());
     launch_forward_split(p, current_stream(topk_idx));
@@ -281,7 +286,8 @@ void forward_shared(
     const Geometry g = geometry_of_partial(a, o_partial, "o_partial", ScalarType::Half);
     const ScalarType dtype = q.scalar_type();
     const int64_t num_kv_heads = topk_idx.size(0), total_q = topk_idx.size(1);
-    if (!has_forward_shared(g.block_size)) no_instantiation("shared blocks of block_size", g.block_size);
+    if (g.block_size % kSharedKeys != 0) no_instantiation("shared blocks of block_size", g.block_size);
+    if (g.group_size % kSharedHeads != 0) no_instantiation("shared blocks of group_size", g.group_size);
 
     ForwardSharedParams p = {};
     static_cast<ForwardReduceParams&>(p) =

@@ -11,8 +11,9 @@ using torch::stable::Tensor;
 
 void forward_split(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t min_queries,
-    Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor shared_next);
+    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t run_queries,
+    int64_t min_queries, Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts,
+    Tensor shared_next);
 
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,

@@ -23,6 +23,11 @@ __device__ __forceinline__ void* dynamic_shared_memory() {
     return memory;
 }
 
+// Waits until the kernels before this one in its stream are done and what they wrote is seen. sm_90
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Copies 16 bytes from global to shared memory; writes zeros instead when !valid (nothing is read then).
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
     const int bytes = valid ? 16 : 0;

@@ -114,6 +114,7 @@ __device__ __forceinline__ void load_kv_block(const SharedTiles<Traits>& shared,
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     forward_main(const __grid_constant__ ForwardMainParams p) {
+    await_kernel_before();
     unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const uint32_t k_tile = shared_address(memory);
     const SharedTiles<Traits> shared = {

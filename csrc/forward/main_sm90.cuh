@@ -59,6 +59,7 @@ __device__ __forceinline__ void compute_pv_sm90(const Probs<Traits>& probs, uint
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     forward_main_sm90(const __grid_constant__ ForwardMainParams p) {
+    await_kernel_before();
     using Stage = typename Traits::Stage;
     static_assert(sizeof(ItemState<Traits>) <= Traits::kStateBytes);
     unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());

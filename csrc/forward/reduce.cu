@@ -29,6 +29,7 @@ __device__ __forceinline__ float group_sum(float x) {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(ReduceTraits<kLanes>::kThreads, ReduceTraits<kLanes>::kMinCtas)
     forward_reduce(const __grid_constant__ ForwardReduceParams p) {
+    await_kernel_before();
     constexpr int kBatch = ReduceTraits<kLanes>::kBatch;
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % kLanes, column = 8 * lane, num_partials = g.topk * g.subs;

@@ -20,10 +20,11 @@ struct UnitList {
     int4 entry;          // of which sub-block first + lane is a part; some other one behind the list's end
     int scattered = 0;   // the most scattered slots of a query of the unit, among those that the lane looked at
 
-    // Sub-blocks of the tile's list, 32 at a time, a lane each.
+    // Sub-blocks of the tile's list, 32 at a time, a lane each. The first ones before it is known how many blocks there are.
     __device__ __forceinline__ void fetch_blocks(const ForwardSharedParams& p, const Unit& unit, int first, int subs) {
         const int head_and_tile = unit.head * p.shared.num_tiles + unit.tile;
-        const int i = min((first + static_cast<int>(threadIdx.x) % 32) / subs, p.shared.max_blocks - 1);
+        const int last = (first == 0 ? p.shared.max_blocks : num_blocks) - 1;
+        const int i = min((first + static_cast<int>(threadIdx.x) % 32) / subs, last);
         num_blocks = __ldg(p.shared.counts + head_and_tile);
         entry = __ldg(p.shared.blocks + static_cast<int64_t>(head_and_tile) * p.shared.max_blocks + i);
     }
@@ -142,10 +143,10 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
         const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
         const int end = list.num_blocks * subs;
         for (int first = 0; first < end; first += 32) {
-            if (first > 0) list.fetch_blocks(p, unit, first, subs);
             const int i = first + lane;
             SharedSubBlock own = {};
             if (i < end) own = make_sub_block<Traits>(g, list.entry, i - i / subs * subs);
+            if (first + 32 < end) list.fetch_blocks(p, unit, first + 32, subs);
             const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
             unsigned left = __ballot_sync(~0u, wanted);
             // What the last load lacks is some sub-block, without queries.

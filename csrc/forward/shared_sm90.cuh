@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_shared_sm90(const
     const Pipeline<Traits> pipeline = {
         *reinterpret_cast<State*>(memory + Traits::kStateOffset), shared_address(memory)};
     if (threadIdx.x == 0) pipeline.init();
+    await_kernel_before();
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp >= Traits::kWarps) {

@@ -1,6 +1,6 @@
 // A CTA a query tile and KV head, a thread a query. A table in shared memory keeps, for every block, one bit a query that
-// selects it; blocks with enough bits are shared. Only a query's own thread sets its bits, and entries are numbered by
-// the first query that selected the block, so no result depends on the order in which threads run.
+// selects it; runs of queries with enough bits share the block. Only a query's own thread sets its bits, and entries are
+// numbered by the first query that shares the block, so no result depends on the order in which threads run.
 #include "forward/split.h"
 
 #include "device/ptx.cuh"
@@ -21,7 +21,7 @@ using Batch = int[kQueryTile][kBatch + 1];  // an odd pitch, since a thread read
 
 struct SplitMemory {
     QueryBits* selected;  // [window]: the queries that select a block
-    QueryBits* taken;     // [window]: those of them whose slot is shared
+    QueryBits* sharing;   // [window]: those of them that share it
     Batch* ids;           // of a batch, as in topk_idx
     Batch* scattered;     // scattered_idx of the tile, if a batch holds it
     int* owned;           // [kQueryTile / 32]
@@ -34,8 +34,8 @@ constexpr int split_memory_bytes(int window) {
 __device__ __forceinline__ SplitMemory carve_split_memory(void* shared, int window) {
     SplitMemory m;
     m.selected = static_cast<QueryBits*>(shared);
-    m.taken = m.selected + window;
-    m.ids = reinterpret_cast<Batch*>(m.taken + window);
+    m.sharing = m.selected + window;
+    m.ids = reinterpret_cast<Batch*>(m.sharing + window);
     m.scattered = m.ids + 1;
     m.owned = reinterpret_cast<int*>(m.scattered + 1);
     return m;
@@ -76,10 +76,16 @@ struct TileQuery {
     int sequence;
     int word;
     unsigned bit;
+    QueryBits run;  // the queries of its run
 };
 
-__device__ __forceinline__ TileQuery load_tile_query(const Geometry& g, int query) {
-    TileQuery q = {0, 0, 0, static_cast<int>(threadIdx.x) / 32, 1u << threadIdx.x % 32};
+__device__ __forceinline__ TileQuery load_tile_query(const Geometry& g, int query, int run_queries) {
+    TileQuery q = {0, 0, 0, static_cast<int>(threadIdx.x) / 32, 1u << threadIdx.x % 32, {~0u, ~0u}};
+    if (run_queries < kQueryTile) {
+        const int first = static_cast<int>(threadIdx.x) % 32 / run_queries * run_queries;
+        q.run[q.word] = ~0u >> (32 - run_queries) << first;
+        q.run[1 - q.word] = 0;
+    }
     if (query >= g.num_queries) return q;
     const int token = g.query_begin + query;
     q.sequence = sequence_of_query(g.sequences, token);
@@ -106,7 +112,7 @@ __device__ __forceinline__ void for_each_slot(
 }
 
 __device__ __forceinline__ int first_query_of(const QueryBits& queries) {
-    return queries[0] != 0 ? __ffs(queries[0]) - 1 : 31 + __ffs(queries[1]);
+    return __ffsll(static_cast<long long>(queries[1]) << 32 | queries[0]) - 1;  // -1: none
 }
 
 // Sum of `value` over the threads before this one; `total` over all.
@@ -124,6 +130,7 @@ __device__ __forceinline__ int prefix_sum(int value, int* owned, int& total) {
 }
 
 __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant__ ForwardSplitParams p) {
+    await_kernel_before();
     const Geometry& g = p.geometry;
     const SharedBlocks& out = p.shared;
     const int tile = blockIdx.x, head = blockIdx.y, query = tile * kQueryTile + threadIdx.x;
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
     const SplitMemory shared = carve_split_memory(dynamic_shared_memory(), window);
     const bool fits = g.topk <= kBatch;
     if (fits) slots.load(*shared.ids, p.topk_idx, 0);
-    const TileQuery own = load_tile_query(g, query);
+    const TileQuery own = load_tile_query(g, query, p.run_queries);
     const int64_t head_and_tile = static_cast<int64_t>(head) * gridDim.x + tile;
     int4* entries = out.blocks + head_and_tile * out.max_blocks;
     // Of the thread's query. By way of shared memory, if they fit, since a thread's own do not lie side by side with others'.
@@ -160,33 +167,40 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
 
         __syncthreads();
         // A block listed twice by a query is shared once: the second slot stays with main.
-        int owned = 0;
         for_each_slot(p, shared, slots, [&](int id) {
             const int block = block_of(id);
             if (block < 0) return;
             const QueryBits& queries = shared.selected[block];
-            bool is_shared = __popc(queries[0]) + __popc(queries[1]) >= p.min_queries;
-            if (is_shared) is_shared = !(atomicOr(&shared.taken[block][own.word], own.bit) & own.bit);
-            owned += is_shared && first_query_of(queries) == static_cast<int>(threadIdx.x);
+            bool is_shared = __popc(queries[0] & own.run[0]) + __popc(queries[1] & own.run[1]) >= p.min_queries;
+            if (is_shared) is_shared = !(atomicOr(&shared.sharing[block][own.word], own.bit) & own.bit);
             if (!is_shared) scattered[num_scattered++] = id;
         });
 
+        __syncthreads();
+        // A shared block is entered by the first query that shares it, which marks that in its bit of `selected`: cleared
+        // when the entry is counted, set when it is written.
+        const auto is_owned = [&](int block) {
+            return block >= 0 && first_query_of(shared.sharing[block]) == static_cast<int>(threadIdx.x);
+        };
+        int owned = 0;
+        for_each_slot(p, shared, slots, [&](int id) {
+            const int block = block_of(id);
+            if (is_owned(block)) owned += (atomicAnd(&shared.selected[block][own.word], ~own.bit) & own.bit) != 0;
+        });
         int owned_by_all;
         int entry = num_entries + prefix_sum(owned, shared.owned, owned_by_all);
         for_each_slot(p, shared, slots, [&](int id) {
             const int block = block_of(id);
-            if (block < 0 || owned == 0) return;
-            const QueryBits& queries = shared.selected[block];
-            // A taken block is entered once, by its first query.
-            if (first_query_of(queries) != static_cast<int>(threadIdx.x)) return;
-            if (!(atomicAnd(&shared.taken[block][own.word], ~own.bit) & own.bit)) return;
+            if (owned == 0 || !is_owned(block)) return;
+            if (atomicOr(&shared.selected[block][own.word], own.bit) & own.bit) return;
+            const QueryBits& queries = shared.sharing[block];
             entries[entry++] = make_int4(
                 window_begin + block, own.sequence, static_cast<int>(queries[0]), static_cast<int>(queries[1]));
         });
         num_entries += owned_by_all;
     }
-    // Shared looks at entries before it knows how many there are.
-    for (int i = num_entries + static_cast<int>(threadIdx.x); i < out.max_blocks; i += kThreads)
+    // Shared looks at the first entries before it knows how many there are.
+    for (int i = num_entries + static_cast<int>(threadIdx.x); i < min(out.max_blocks, 32); i += kThreads)
         entries[i] = make_int4(0, 0, 0, 0);
     if (threadIdx.x == 0) out.counts[head_and_tile] = num_entries;
     if (threadIdx.x == 0 && tile == 0 && head == 0) *out.next = 0;

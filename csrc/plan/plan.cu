@@ -131,6 +131,7 @@ __device__ __forceinline__ EdgesAndItems of_cell(int edges, const PlanParams& p)
 }
 
 __global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ PlanParams p) {
+    await_kernel_before();
     __shared__ int counts[kWindow];
     __shared__ QueryBlocks tile_blocks[kTileQueries];
     const Share share = own_share(p);
@@ -152,6 +153,7 @@ __global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ P
 
 // A CTA a group of cells, a lane a cell: how many of the cell's edges stand in earlier parts, and how many there are.
 __global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_constant__ PlanParams p) {
+    await_kernel_before();
     static_assert(kPlanGroup == 32, "a lane a cell");
     __shared__ int sums[kPrefixWarps][32];
     const Geometry& g = p.geometry;
@@ -317,6 +319,7 @@ __device__ __forceinline__ void counts_to_positions(const FillMemory& shared, in
 
 // Two CTAs an SM: tiling.plan_parts makes that many.
 __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__ PlanParams p) {
+    await_kernel_before();
     const Share share = own_share(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, window = share.window;
     const FillMemory shared = carve_fill_memory(dynamic_shared_memory(), window);

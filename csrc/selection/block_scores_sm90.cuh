@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) block_scores_sm90(const _
     using State = typename Pipeline<Traits>::State;
     const Pipeline<Traits> pipeline = {*reinterpret_cast<State*>(memory + Traits::kStateOffset), memory};
     if (threadIdx.x == 0) pipeline.init();
+    await_kernel_before();
     fill_weights<Traits>(reinterpret_cast<float4*>(memory + Traits::kWeightsOffset), p);
     __syncthreads();
     if (threadIdx.x >= Traits::kConsumers) {

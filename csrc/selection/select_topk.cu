@@ -143,6 +143,7 @@ __device__ __forceinline__ void take_highest(int32_t* selected, Candidates& cand
 
 // A warp a (query token, KV head).
 __global__ void __launch_bounds__(kWarps * 32) select_topk(SelectTopkParams p) {
+    await_kernel_before();
     Candidates& candidates = static_cast<Candidates*>(dynamic_shared_memory())[threadIdx.x / kLanes];
     const int lane = threadIdx.x % kLanes;
     const int64_t row_index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
