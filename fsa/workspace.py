@@ -240,7 +240,9 @@ def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, 
     """What split hands to shared, the query-outer stages of the forward."""
     tiles = query_tiles(num_queries)
     return {
-        "shared_blocks": Buffer((num_heads, tiles, max_shared_blocks(sizes.group_size, sizes.block_size, sizes.topk), 4), torch.int32),
+        "shared_blocks": Buffer(
+            (num_heads, tiles, max_shared_blocks(sizes.group_size, sizes.block_size, sizes.topk), 4), torch.int32
+        ),
         "shared_counts": Buffer((num_heads, tiles), torch.int32),
         "scattered_counts": Buffer((num_heads, num_queries), torch.int32),
         "shared_next": Buffer((1,), torch.int32),

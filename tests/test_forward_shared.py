@@ -31,7 +31,7 @@ import fsa
 from fsa import backends, workspace
 from fsa.problem import Chunk, Problem
 
-# Queries of a run, and how many of them must select a block. A quarter of a tile shares some slots of CASES and not others.
+# Queries of a run, and how many of them must select a block. A quarter of a tile leaves some slots of CASES scattered.
 RUNS = ((64, 1), (64, 8), (64, 64), (32, 5), (16, 4), (8, 1), (8, 3))
 ALL, QUARTER_OF_A_TILE = (64, 1), (64, 16)
 DTYPES = (torch.float16, torch.bfloat16)
