@@ -71,14 +71,11 @@ struct LoadStarter {
         if (++sub_blocks < Traits::kSubBlocks) return;
         sub_blocks = 0;
         __syncwarp();
+        describe(index, unit.kv_head, -1);
         pipeline.wait_empty(pipeline.state.keys_empty, n);
         if (threadIdx.x % 32 == 0) {
-            Load<Traits>& load = pipeline.load(n);
-            load.unit = index;
-            load.kv_head = unit.kv_head;
-            load.first_partial = -1;
             const uint32_t landed = pipeline.own_barrier(pipeline.state.keys_landed, n);
-            load_sub_blocks<Traits>(pipeline.k_tile(n), p.k_map, landed, load);
+            load_sub_blocks<Traits>(pipeline.k_tile(n), p.k_map, landed, pipeline.load(n));
         }
         start_values();
         values_missing = true;
@@ -87,12 +84,9 @@ struct LoadStarter {
     // A load that has no K and V, once its buffers are free: has others gather partials of a unit, from `first_partial` on,
     // or says with -1 as the unit that there is nothing more.
     __device__ __forceinline__ void announce(int index, int first_partial) {
+        describe(index, 0, first_partial);
         pipeline.wait_empty(pipeline.state.keys_empty, n);
-        if (threadIdx.x % 32 == 0) {
-            pipeline.load(n).unit = index;
-            pipeline.load(n).first_partial = first_partial;
-            pipeline.arrive(pipeline.state.keys_landed, n);
-        }
+        if (threadIdx.x % 32 == 0) pipeline.arrive(pipeline.state.keys_landed, n);
         start_values();
         pipeline.wait_empty(pipeline.state.values_empty, n);
         if (threadIdx.x % 32 == 0) pipeline.arrive(pipeline.state.values_landed, n);
@@ -100,6 +94,15 @@ struct LoadStarter {
     }
 
   private:
+    // The load's buffers may still be in use: who has to ask for something else can do so already.
+    __device__ __forceinline__ void describe(int index, int kv_head, int first_partial) {
+        if (threadIdx.x % 32 > 0) return;
+        Load<Traits>& load = pipeline.load(n);
+        load.unit = index;
+        load.kv_head = kv_head;
+        load.first_partial = first_partial;
+        pipeline.arrive_described(n);
+    }
     __device__ __forceinline__ void start_values() {
         if (!values_missing) return;
         values_missing = false;
@@ -192,17 +195,22 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
     constexpr int kThreads = Traits::kCheckers * 32;
     auto& state = pipeline.state;
     for (int n = 0;; ++n) {
-        pipeline.wait(state.values_landed, n);
+        pipeline.wait_described(n);
         const Load<Traits>& load = pipeline.load(n);
         if (load.unit < 0) return;
         if (load.first_partial >= 0) {
             if (n % Traits::kCheckers == checker) {
-                gather_partials(pipeline, n, p, make_unit<Traits>(p.geometry, load.unit), load.first_partial);
+                const Unit unit = make_unit<Traits>(p.geometry, load.unit);
+                const unsigned existing = fetch_partial_scales(pipeline, n, p, unit, load.first_partial);
+                pipeline.wait(state.values_landed, n);
+                copy_partials(pipeline, n, p, unit, load.first_partial, existing);
             } else {
+                pipeline.wait(state.values_landed, n);
                 pipeline.arrive(state.values_full, n);
             }
             continue;
         }
+        pipeline.wait(state.values_landed, n);
         // Rows behind the sequence's end came along.
         const auto in_sequence = [&](uint32_t offset) {
             const int row = offset / Tile::kRowBytes % Tile::kNumRows;

@@ -10,72 +10,100 @@
 namespace fsa {
 namespace forward_shared {
 
-// The partials of load n, those of every row of the unit from `first` on. A warp: a lane a query, or as many of its heads as
-// come together. The copy engine brings the partials, whose bytes values_full is told to expect: those of some neighbouring
-// queries at once where all of them have one, for its time is by the box. While these are on their way, so are log-sum-exps
-// and exponents, which are there when the warp has arrived.
+// How a warp goes through the rows of the partials of a load: a lane has a row, or the rows of a query that come together, of
+// which this is the first.
+struct PartialRow {
+    int row;      // of the unit
+    int which;    // partial of the load
+    int partial;  // of the row's scattered slots and their sub-blocks
+    int slot;
+};
+
+// Calls f(row, the how manieth) for the lane's share, all lanes at the same time: `row.which` is kPartialsALoad behind the last.
+template <typename Traits, typename F>
+__device__ __forceinline__ void for_each_partial_row(const Geometry& g, int first, int log2_rows, F&& f) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int step = 0; step << (5 + log2_rows) < kPartialsALoad * Traits::kRows; ++step) {
+        const int i = (step * 32 + lane) << log2_rows, which = min(i / Traits::kRows, kPartialsALoad);
+        const int partial = first + which;
+        f(PartialRow{i % Traits::kRows, which, partial, static_cast<int>(g.by_subs.quotient(partial))}, step);
+    }
+}
+
+// Requests log-sum-exps and exponents of the partials of load n, those of every row of the unit from `first` on; a warp. They
+// are there after cp_async_wait. Says which partials there are: bit i is the i-th of for_each_partial_row.
 template <typename Traits>
-__device__ __forceinline__ void gather_partials(
+__device__ __forceinline__ unsigned fetch_partial_scales(
     const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first) {
-    constexpr int kRows = Traits::kRows, kEnd = kPartialsALoad * kRows;
-    using Tile = typename Traits::PartialTile;
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, log2_rows = p.log2_partial_rows, box_queries = 1 << p.log2_box_queries;
-    const uint32_t full = pipeline.own_barrier(pipeline.state.values_full, n);
     const int32_t* const counts = p.shared.scattered_counts + static_cast<int64_t>(unit.head) * g.num_queries;
-    const auto scales_of = [&](int i) -> PartialScales<Traits>& { return pipeline.partial_scales(n, i / kRows); };
     const auto load_block = [&](const UnitRow& row, int slot) {
         const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
         return __ldg(p.topk_idx + query * g.topk + slot);
     };
-    int bytes = 0;
-#pragma unroll 1
-    for (int step = 0; step < kEnd; step += 32 << log2_rows) {
-        const int i = step + (lane << log2_rows);
-        const int partial = first + i / kRows, slot = g.by_subs.quotient(partial);
-        const UnitRow row = make_unit_row(g, unit, i % kRows);
-        bool exists = i < kEnd && row.exists() && slot < __ldg(counts + row.query_in_chunk);
+    unsigned existing = 0;
+    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
+        if (r.which == kPartialsALoad) return;
+        const UnitRow row = make_unit_row(g, unit, r.row);
+        bool exists = row.exists() && r.slot < __ldg(counts + row.query_in_chunk);
         if (exists && g.subs > 1) {  // the query may see some of a block's sub-blocks only
             const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
-            exists = partial_exists(g, slots, load_block(row, slot), partial);
+            exists = partial_exists(g, slots, load_block(row, r.slot), r.partial);
         }
-        const unsigned existing = __ballot_sync(~0u, exists) >> (lane & -box_queries);
-        const bool wide = ((existing + 1) & ((1u << box_queries) - 1)) == 0;
-        if (wide ? lane % box_queries == 0 : exists) {
-            const TensorMap& map = wide ? p.wide_partial_map : p.partial_map;
-            const uint32_t to = pipeline.partial_tile(n, i / kRows) + i % kRows * Tile::kRowBytes;
-#pragma unroll
-            for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
-                tma_load_4d(
-                    to + panel * Tile::kPanelBytes, map, full, panel * Tile::kPanelColumns, row.group_head, partial,
-                    unit.head * g.num_queries + row.query_in_chunk);
-            }
-            bytes += (Traits::kHeadDim * 2 << log2_rows) * (wide ? box_queries : 1);
-        }
-        if (i < kEnd) scales_of(i).exponent[i % kRows] = exists ? 0 : kNoPartial;
-    }
+        existing |= static_cast<unsigned>(exists) << step;
+        pipeline.partial_scales(n, r.which).exponent[r.row] = exists ? 0 : kNoPartial;
+    });
     __syncwarp();
     const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head);
-#pragma unroll 1
-    for (int i = lane; i < kEnd; i += 32) {
-        if (scales_of(i).exponent[i % kRows >> log2_rows << log2_rows] == kNoPartial) continue;
-        const UnitRow row = make_unit_row(g, unit, i % kRows);
-        cp_async_4(
-            shared_address(&scales_of(i).lse[i % kRows]),
-            lse_partial + row.partial_row + (first + i / kRows) * g.group_size);
-    }
+    for_each_partial_row<Traits>(g, first, 0, [&](const PartialRow& r, int) {
+        if (r.which == kPartialsALoad) return;
+        PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
+        if (scales.exponent[r.row >> p.log2_partial_rows << p.log2_partial_rows] == kNoPartial) return;
+        const UnitRow row = make_unit_row(g, unit, r.row);
+        cp_async_4(shared_address(&scales.lse[r.row]), lse_partial + row.partial_row + r.partial * g.group_size);
+    });
     __syncwarp();
-#pragma unroll 1
-    for (int i = lane << log2_rows; i < kEnd; i += 32 << log2_rows) {
-        int& exponent = scales_of(i).exponent[i % kRows];
-        if (exponent == kNoPartial) continue;
-        const int partial = first + i / kRows, slot = g.by_subs.quotient(partial), sub = partial - slot * g.subs;
-        const UnitRow row = make_unit_row(g, unit, i % kRows);
+    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
+        if (!(existing >> step & 1)) return;
+        const UnitRow row = make_unit_row(g, unit, r.row);
         const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
-        const int block = slots.first_cell + load_block(row, slot);
-        cp_async_4(shared_address(&exponent), p.value_exponent + static_cast<int64_t>(block) * g.subs + sub);
-    }
+        const int64_t block = slots.first_cell + load_block(row, r.slot);
+        cp_async_4(
+            shared_address(&pipeline.partial_scales(n, r.which).exponent[r.row]),
+            p.value_exponent + block * g.subs + (r.partial - r.slot * g.subs));
+    });
     cp_async_commit();
+    return existing;
+}
+
+// Has the copy engine bring the partials of load n, whose scales have been requested, once its buffers are free; values_full is
+// told to expect their bytes. Those of some neighbouring queries come at once where all of them have one: the engine's time is
+// by the box.
+template <typename Traits>
+__device__ __forceinline__ void copy_partials(
+    const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first, unsigned existing) {
+    using Tile = typename Traits::PartialTile;
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % 32, box_queries = 1 << p.log2_box_queries;
+    const uint32_t full = pipeline.own_barrier(pipeline.state.values_full, n);
+    int bytes = 0;
+    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
+        const bool exists = existing >> step & 1;
+        const unsigned of_box = __ballot_sync(~0u, exists) >> (lane & -box_queries);
+        const bool wide = ((of_box + 1) & ((1u << box_queries) - 1)) == 0;
+        if (!(wide ? lane % box_queries == 0 : exists)) return;
+        const UnitRow row = make_unit_row(g, unit, r.row);
+        const TensorMap& map = wide ? p.wide_partial_map : p.partial_map;
+        const uint32_t to = pipeline.partial_tile(n, r.which) + r.row * Tile::kRowBytes;
+#pragma unroll
+        for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
+            tma_load_4d(
+                to + panel * Tile::kPanelBytes, map, full, panel * Tile::kPanelColumns, row.group_head, r.partial,
+                unit.head * g.num_queries + row.query_in_chunk);
+        }
+        bytes += (Traits::kHeadDim * 2 << p.log2_partial_rows) * (wide ? box_queries : 1);
+    });
     cp_async_wait<0>();
     mbarrier_arrive_expect(full, bytes);
 }

@@ -45,6 +45,7 @@ struct Pipeline {
     static constexpr int kDescriptions = 2 * Traits::kBuffers;
 
     struct State {
+        uint64_t described[kDescriptions];         // the load's description is there, for the checkers
         uint64_t keys_landed[Traits::kBuffers];    // the load's description is there, and K
         uint64_t keys_empty[Traits::kBuffers];     // all warps that multiply are done
         uint64_t values_landed[Traits::kBuffers];  // V; or both buffers are free for partials
@@ -57,9 +58,9 @@ struct Pipeline {
         int units[Traits::kQueryBuffers];  // whose queries are wanted; -1 behind the last
         // V held inf or NaN, as each of those who look saw it.
         bool nonfinite_values[Traits::kBuffers][Traits::kCheckers];
-        // Load n has n % kDescriptions. It is written for a later one once V of load n + kBuffers - 2 is empty.
+        // Load n has n % kDescriptions of each. A load is written for a later one once V of load n + kBuffers - 2 is empty.
         Load<Traits> loads[kDescriptions];
-        PartialScales<Traits> scales[Traits::kBuffers][kPartialsALoad];
+        PartialScales<Traits> scales[kDescriptions][kPartialsALoad];
     };
     static_assert(sizeof(State) <= Traits::kStateBytes);
 
@@ -93,7 +94,7 @@ struct Pipeline {
         return i == 0 ? k_tile(n) : v_tile(n);
     }
     __device__ __forceinline__ PartialScales<Traits>& partial_scales(int n, int i) const {
-        return state.scales[buffer(n)][i];
+        return state.scales[static_cast<unsigned>(n) % kDescriptions][i];
     }
     // Offset of a warp's queries of unit u.
     __device__ __forceinline__ uint32_t stage_offset(int u, int warp) const {
@@ -104,6 +105,7 @@ struct Pipeline {
     // does not see what a lane that arrives for its warp knows of the others.
     __device__ __forceinline__ void init() const {
         constexpr int kConsumers = 32 * Traits::kWarps;
+        for (uint64_t& barrier : state.described) mbarrier_init(shared_address(&barrier), 1);
         for (uint64_t& barrier : state.keys_landed) mbarrier_init(shared_address(&barrier), 1);
         for (uint64_t& barrier : state.keys_empty) mbarrier_init(shared_address(&barrier), kConsumers);
         for (uint64_t& barrier : state.values_landed) mbarrier_init(shared_address(&barrier), 1);
@@ -124,6 +126,14 @@ struct Pipeline {
     }
     __device__ __forceinline__ void arrive(uint64_t (&barriers)[Traits::kBuffers], int n) const {
         mbarrier_arrive(own_barrier(barriers, n));
+    }
+    // One thread, which has written load n; and who waits for that.
+    __device__ __forceinline__ void arrive_described(int n) const {
+        mbarrier_arrive(shared_address(&state.described[static_cast<unsigned>(n) % kDescriptions]));
+    }
+    __device__ __forceinline__ void wait_described(int n) const {
+        const unsigned index = static_cast<unsigned>(n) % kDescriptions;
+        mbarrier_wait(shared_address(&state.described[index]), static_cast<unsigned>(n) / kDescriptions % 2);
     }
     // Until the load that had the buffer before load n is done with it; free at the beginning.
     __device__ __forceinline__ void wait_empty(uint64_t (&barriers)[Traits::kBuffers], int n) const {

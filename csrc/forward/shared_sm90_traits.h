@@ -44,7 +44,7 @@ struct ForwardSharedTraits {
     using PartialTile = WgmmaTile<kRows, kHeadDim>;  // partials of a unit's rows, where K or V of another load would be
     static_assert(PartialTile::kBytes <= Tile::kBytes);
     using Stage = forward_main::QueryStage<kHeadDim>;
-    static constexpr int kStateBytes = 1024 + 64 * kRows;  // room for four buffers
+    static constexpr int kStateBytes = 1024 + 128 * kRows;  // room for four buffers
     static constexpr int kMaxSharedBytes = 227 * 1024 - kStateBytes;
     static constexpr int kQueryBytes = kWarps * Stage::kBytes;
     static constexpr int kQueryBuffers = 2;
