@@ -34,7 +34,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
-// Copies 4 bytes, asynchronously like cp_async_16.
+// Copies 8 or 4 bytes, asynchronously like cp_async_16.
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }

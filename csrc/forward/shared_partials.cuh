@@ -37,41 +37,28 @@ template <typename Traits>
 __device__ __forceinline__ unsigned fetch_partial_scales(
     const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first) {
     const Geometry& g = p.geometry;
-    const int32_t* const counts = p.shared.scattered_counts + static_cast<int64_t>(unit.head) * g.num_queries;
-    const auto load_block = [&](const UnitRow& row, int slot) {
-        const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
-        return __ldg(p.topk_idx + query * g.topk + slot);
-    };
+    const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head);
+    const int rows = 1 << p.log2_partial_rows;
     unsigned existing = 0;
     for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
         if (r.which == kPartialsALoad) return;
         const UnitRow row = make_unit_row(g, unit, r.row);
-        bool exists = row.exists() && r.slot < __ldg(counts + row.query_in_chunk);
-        if (exists && g.subs > 1) {  // the query may see some of a block's sub-blocks only
-            const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
-            exists = partial_exists(g, slots, load_block(row, r.slot), r.partial);
-        }
-        existing |= static_cast<unsigned>(exists) << step;
-        pipeline.partial_scales(n, r.which).exponent[r.row] = exists ? 0 : kNoPartial;
-    });
-    __syncwarp();
-    const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head);
-    for_each_partial_row<Traits>(g, first, 0, [&](const PartialRow& r, int) {
-        if (r.which == kPartialsALoad) return;
-        PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
-        if (scales.exponent[r.row >> p.log2_partial_rows << p.log2_partial_rows] == kNoPartial) return;
-        const UnitRow row = make_unit_row(g, unit, r.row);
-        cp_async_4(shared_address(&scales.lse[r.row]), lse_partial + row.partial_row + r.partial * g.group_size);
-    });
-    __syncwarp();
-    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
-        if (!(existing >> step & 1)) return;
-        const UnitRow row = make_unit_row(g, unit, r.row);
+        const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
+        const int block_id = r.slot < g.topk ? __ldg(p.topk_idx + query * g.topk + r.slot) : -1;
         const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
-        const int64_t block = slots.first_cell + load_block(row, r.slot);
-        cp_async_4(
-            shared_address(&pipeline.partial_scales(n, r.which).exponent[r.row]),
-            p.value_exponent + block * g.subs + (r.partial - r.slot * g.subs));
+        const bool exists = row.exists() && partial_exists(g, slots, block_id, r.partial);
+        PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
+        if (!exists) {
+            scales.exponent[r.row] = kNoPartial;
+            return;
+        }
+        existing |= 1u << step;
+        const int64_t sub_block =
+            static_cast<int64_t>(slots.first_cell + block_id) * g.subs + (r.partial - r.slot * g.subs);
+        cp_async_4(shared_address(&scales.exponent[r.row]), p.value_exponent + sub_block);
+        const float* const lse = lse_partial + row.partial_row + r.partial * g.group_size;
+#pragma unroll 1
+        for (int i = 0; i < rows; i += 2) cp_async_8(shared_address(&scales.lse[r.row + i]), lse + i);
     });
     cp_async_commit();
     return existing;

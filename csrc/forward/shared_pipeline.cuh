@@ -31,7 +31,7 @@ struct Load {
 // What partials count for.
 constexpr int kNoPartial = INT_MIN;
 template <typename Traits>
-struct PartialScales {
+struct alignas(8) PartialScales {
     float lse[Traits::kRows];  // log2
     // Values are times 2^-exponent; kNoPartial: there is none. Rows that come together have it where their first one is.
     int exponent[Traits::kRows];

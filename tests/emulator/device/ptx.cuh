@@ -39,6 +39,11 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr, 16);
 }
 
+inline void cp_async_8(uint32_t shared, const void* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 8 != 0) emulator::fail("misaligned global address");
+    emulator::defer_copy(shared_pointer(shared, 8), global, 8);
+}
+
 inline void cp_async_4(uint32_t shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(global) % 4 != 0) emulator::fail("misaligned global address");
     emulator::defer_copy(shared_pointer(shared, 4), global, 4);
