@@ -38,6 +38,15 @@ struct Geometry {
     FastDivider by_subs;
 };
 
+// Chunks that are split and planned together: the heads and queries of the first one, then those behind its queries, then
+// those behind its heads. All are as large, but for the last ones of heads and of queries. Buffers have a leading dimension
+// of chunks, each as large as the first one's.
+struct ChunkGrid {
+    int head_end, query_end;  // of all chunks
+    int query_chunks;         // with the same heads
+    int num_chunks;
+};
+
 // [tokens, heads, head_dim] with unit stride along head_dim; rows are 16-byte aligned.
 struct RowTensor {
     const void* data;
@@ -62,7 +71,8 @@ struct alignas(8) EdgesAndItems {
 };
 
 struct PlanParams {
-    Geometry geometry;
+    Geometry geometry;  // of the first chunk; shapes below are of one chunk
+    ChunkGrid grid;
     const int32_t* topk_idx;    // [num_kv_heads, total_q, topk]
     int num_ranges;             // runs of query tokens whose cells stand together
     int parts;                  // runs of query tokens a range is counted in
@@ -94,7 +104,8 @@ struct SharedBlocks {
 };
 
 struct ForwardSplitParams {
-    Geometry geometry;
+    Geometry geometry;  // of the first chunk
+    ChunkGrid grid;
     const int32_t* topk_idx;  // [num_kv_heads, total_q, topk]
     // Like topk_idx, written where the chunk is: the blocks of a query that are not shared, then -1.
     int32_t* scattered_idx;

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import workspace
-from .problem import Chunk, Problem
+from .problem import Chunk, ChunkGrid, Plan, Problem
 from .tiling import sharing_run
-from .workspace import Sizes
+from .workspace import Buffer, Sizes
 
 
 def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,8 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
         problem = dataclasses.replace(problem, k=without_zero_strides(problem.k), v=without_zero_strides(problem.v))
     with torch.cuda.device_of(q):
         scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
-        for chunk in workspace.plan_chunks(sizes, "forward", limit):
-            _forward_chunk(problem, stages, chunk, sizes, limit, scattered_idx, out, lse)
+        for grid in workspace.chunk_grids(sizes, "forward", limit):
+            _forward_chunks(problem, stages, grid, sizes, limit, scattered_idx, out, lse)
     return out, lse
 
 
@@ -68,18 +68,17 @@ def backward(
     dout = as_kernel_input(q.new_zeros(problem.head_dim).expand(q.shape) if dout is None else dout)
     lse = lse.contiguous()
     sizes, limit = Sizes.of(problem), workspace.get_workspace_limit()
-    chunks = workspace.plan_chunks(sizes, "backward", limit)
+    grids = workspace.chunk_grids(sizes, "backward", limit)
     with torch.cuda.device_of(q):
         stages.backward_preprocess(as_kernel_input(out), dout, None if dlse is None else dlse.contiguous(), delta)
-        for (head_begin, head_end), same_heads in itertools.groupby(chunks, lambda c: (c.head_begin, c.head_end)):
-            group = list(same_heads)
-            # Chunks of several query ranges add up in fp32; a chunk that has all queries writes its gradients at once.
-            accumulate = len(group) > 1
+        for (head_begin, head_end), same_heads in itertools.groupby(grids, lambda g: (g.head_begin, g.head_end)):
             dk_heads, dv_heads = dk[:, head_begin:head_end], dv[:, head_begin:head_end]
+            # Chunks of several query ranges add up in fp32; a chunk that has all queries writes its gradients at once.
+            accumulate = grids[0].chunk_queries < problem.total_q
             dk_sum = torch.zeros_like(dk_heads, dtype=torch.float32) if accumulate else dk_heads
             dv_sum = torch.zeros_like(dv_heads, dtype=torch.float32) if accumulate else dv_heads
-            for chunk in group:
-                _backward_chunk(problem, stages, chunk, sizes, limit, dout, lse, delta, dq, dk_sum, dv_sum, accumulate)
+            for grid in same_heads:
+                _backward_chunks(problem, stages, grid, sizes, limit, dout, lse, delta, dq, dk_sum, dv_sum, accumulate)
             if accumulate:
                 dk_heads.copy_(dk_sum)
                 dv_heads.copy_(dv_sum)
@@ -103,39 +102,68 @@ def without_zero_strides(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format) if 0 in tensor.stride() else tensor
 
 
-def _forward_chunk(
+def _forward_chunks(
     problem: Problem,
     stages: ModuleType,
-    chunk: Chunk,
+    grid: ChunkGrid,
     sizes: Sizes,
     limit: int,
     scattered_idx: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """The stages of a chunk; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
-    device, num_heads, num_queries = problem.q.device, chunk.num_heads, chunk.num_queries
-    shared: dict[str, Tensor] = {}
+    """The stages of some chunks; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
+    chunks = grid.chunks()
+    shared: list[dict[str, Tensor]] = [{} for _ in chunks]
     if scattered_idx is not None:
-        specs = workspace.shared_buffers(sizes, num_heads, num_queries)
-        shared = {name: spec.empty(device) for name, spec in specs.items()}
-        run = sharing_run(problem.group_size, problem.block_size)
-        stages.forward_split(problem, chunk, *run, scattered_idx, **shared)
+        shared = _split(problem, stages, grid, sizes, scattered_idx)
         problem = dataclasses.replace(problem, topk_idx=scattered_idx)
-    per_item = workspace.edges_per_item(sizes, "forward", num_heads, num_queries, limit)
-    plan = stages.plan(problem, chunk, per_item, workspace.query_ranges(sizes, "forward", num_queries))
-    buffers = {
-        name: spec.empty(device) for name, spec in workspace.forward_buffers(sizes, num_heads, num_queries).items()
-    }
+    per_item = workspace.edges_per_item(sizes, "forward", chunks[0].num_heads, chunks[0].num_queries, limit)
+    num_ranges = workspace.query_ranges(sizes, "forward", chunks[0].num_queries)
+    plans = stages.plan(problem, grid, per_item, num_ranges)
+    for chunk, plan, of_chunk in zip(chunks, plans, shared, strict=True):
+        _forward_chunk(problem, stages, chunk, plan, of_chunk, sizes, out, lse)
+
+
+def _split(
+    problem: Problem, stages: ModuleType, grid: ChunkGrid, sizes: Sizes, scattered_idx: Tensor
+) -> list[dict[str, Tensor]]:
+    """What forward_split hands to forward_shared, by chunk; the rest of the selection is left in `scattered_idx`."""
+    chunks = grid.chunks()
+    specs = workspace.shared_buffers(sizes, chunks[0].num_heads, chunks[0].num_queries, len(chunks))
+    together = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+    run = sharing_run(problem.group_size, problem.block_size)
+    stages.forward_split(problem, grid, *run, scattered_idx, **together)
+    return [
+        {
+            name: workspace.of_chunk(together[name], i, len(chunks), spec.shape)
+            for name, spec in workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries).items()
+        }
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def _forward_chunk(
+    problem: Problem,
+    stages: ModuleType,
+    chunk: Chunk,
+    plan: Plan,
+    shared: dict[str, Tensor],
+    sizes: Sizes,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
+    buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
     stages.forward_main(problem, chunk, plan, **buffers)
     last_stage = stages.forward_shared if shared else stages.forward_reduce
     last_stage(problem, chunk, **shared, **buffers, out=out, lse=lse)
 
 
-def _backward_chunk(
+def _backward_chunks(
     problem: Problem,
     stages: ModuleType,
-    chunk: Chunk,
+    grid: ChunkGrid,
     sizes: Sizes,
     limit: int,
     dout: Tensor,
@@ -146,9 +174,31 @@ def _backward_chunk(
     dv: Tensor,
     accumulate: bool,
 ) -> None:
-    per_item = workspace.edges_per_item(sizes, "backward", chunk.num_heads, chunk.num_queries, limit)
-    specs = workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
-    plan = stages.plan(problem, chunk, per_item)
+    """The stages of some chunks; `dk` and `dv` have the heads of all of them."""
+    chunks = grid.chunks()
+    per_item = workspace.edges_per_item(sizes, "backward", chunks[0].num_heads, chunks[0].num_queries, limit)
+    for chunk, plan in zip(chunks, stages.plan(problem, grid, per_item), strict=True):
+        heads = slice(chunk.head_begin - grid.head_begin, chunk.head_end - grid.head_begin)
+        specs = workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
+        _backward_chunk(
+            problem, stages, chunk, plan, specs, dout, lse, delta, dq, dk[:, heads], dv[:, heads], accumulate
+        )
+
+
+def _backward_chunk(
+    problem: Problem,
+    stages: ModuleType,
+    chunk: Chunk,
+    plan: Plan,
+    specs: dict[str, Buffer],
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
+) -> None:
     dq_partial, dkv_pieces = (specs[name].empty(problem.q.device) for name in ("dq_partial", "dkv_pieces"))
     stages.backward_main(problem, chunk, plan, dout, lse, delta, dq_partial, dk, dv, dkv_pieces, accumulate)
     stages.backward_reduce(problem, chunk, plan, dq_partial, dkv_pieces, dq, dk, dv, accumulate)

@@ -114,6 +114,31 @@ class Chunk:
         return self.query_end - self.query_begin
 
 
+@dataclass(frozen=True)
+class ChunkGrid:
+    """Chunks whose selections are inverted together: all of one size, but for the last heads and the last queries."""
+
+    head_begin: int
+    head_end: int
+    query_begin: int
+    query_end: int
+    chunk_heads: int
+    chunk_queries: int
+
+    def chunks(self) -> list[Chunk]:
+        """The chunks, heads outside, queries inside; the first is the largest."""
+        return [
+            Chunk(
+                head,
+                min(head + self.chunk_heads, self.head_end),
+                query,
+                min(query + self.chunk_queries, self.query_end),
+            )
+            for head in range(self.head_begin, self.head_end, self.chunk_heads)
+            for query in range(self.query_begin, self.query_end, self.chunk_queries)
+        ]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The chunk's selection, inverted: which edges (query, slot) each cell (KV head, query range, KV block) serves.

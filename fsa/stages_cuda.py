@@ -9,23 +9,29 @@ import torch
 from torch import Tensor
 
 from .backends import kernel_arch
-from .problem import Chunk, Plan, Problem
+from .problem import Chunk, ChunkGrid, Plan, Problem
 from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
+from .workspace import of_chunk
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
+_CHUNKS = (
+    "int head_begin, int head_end, int query_begin, int query_end, int chunk_heads, int chunk_queries, int block_size, "
+    "bool causal"
+)
 _PLAN = "Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor(n!) next_item, int edges_per_item"
 _SHARED = "Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts, Tensor(n!) shared_next"
 
 _library = torch.library.Library("fsa", "FRAGMENT")
 _library.define(
-    f"_forward_split({_SELECTION}, {_CHUNK}, int total_k, int run_queries, int min_queries, "
+    f"_forward_split({_SELECTION}, {_CHUNKS}, int total_k, int run_queries, int min_queries, "
     "Tensor(a!) scattered_idx, Tensor(b!) shared_blocks, Tensor(c!) shared_counts, Tensor(d!) scattered_counts, "
     "Tensor(e!) shared_next) -> ()"
 )
 _library.define(
-    f"_plan({_SELECTION}, {_CHUNK}, int total_k, int edges_per_item, int num_ranges, int parts, Tensor(a!) csr_offsets"
-    ", Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) next_item, Tensor(e!) scratch) -> ()"
+    f"_plan({_SELECTION}, {_CHUNKS}, int total_k, int edges_per_item, int num_ranges, int parts, "
+    "Tensor(a!) csr_offsets, Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) next_item, Tensor(e!) scratch) "
+    "-> ()"
 )
 _library.define(
     f"_forward_main(Tensor q, Tensor k, Tensor v, {_SELECTION}, {_CHUNK}, float softmax_scale, {_PLAN}, "
@@ -70,6 +76,19 @@ def _chunk(problem: Problem, chunk: Chunk) -> _ChunkArguments:
     )
 
 
+def _chunks(problem: Problem, grid: ChunkGrid) -> tuple[int, int, int, int, int, int, int, bool]:
+    return (
+        grid.head_begin,
+        grid.head_end,
+        grid.query_begin,
+        grid.query_end,
+        grid.chunk_heads,
+        grid.chunk_queries,
+        problem.block_size,
+        problem.causal,
+    )
+
+
 def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return plan.csr_offsets, plan.csr_edges, plan.work_items, plan.next_item, plan.edges_per_item
 
@@ -85,7 +104,7 @@ def shares_blocks(problem: Problem) -> bool:
 
 def forward_split(
     problem: Problem,
-    chunk: Chunk,
+    grid: ChunkGrid,
     run_queries: int,
     min_queries: int,
     scattered_idx: Tensor,
@@ -96,11 +115,12 @@ def forward_split(
 ) -> None:
     """Find the blocks that at least `min_queries` of a run select; leave the others in `scattered_idx`.
 
-    A run is `run_queries` neighbouring queries, a part of a query tile.
+    A run is `run_queries` neighbouring queries, a part of a query tile. The heads of all chunks of the grid stand one
+    after the other in the buffers, which have room for as many chunks as large as the first.
     """
     _ops._forward_split(
         *_selection(problem),
-        *_chunk(problem, chunk),
+        *_chunks(problem, grid),
         problem.total_k,
         run_queries,
         min_queries,
@@ -112,34 +132,39 @@ def forward_split(
     )
 
 
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
-    """Invert the chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items."""
-    num_edges = chunk.num_heads * chunk.num_queries * problem.topk
-    num_cells = chunk.num_heads * num_ranges * problem.num_blocks
-    parts = plan_parts(chunk.num_heads, chunk.num_queries, num_ranges)
+def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
+    """Invert each chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items."""
+    chunks = grid.chunks()
+    largest, num_chunks = chunks[0], len(chunks)
+    parts = plan_parts(num_chunks * largest.num_heads, largest.num_queries, num_ranges)
     empty = problem.topk_idx.new_empty
-    result = Plan(
-        csr_offsets=empty(num_cells + 1),
-        csr_edges=empty(num_edges),
-        work_items=empty((num_edges // edges_per_item + num_cells, 4)),
-        next_item=empty(1),
-        edges_per_item=edges_per_item,
-    )
-    scratch = empty(plan_scratch(chunk.num_heads, num_ranges, parts, problem.num_blocks))
+    together = [empty((num_chunks, *shape)) for shape in _plan_shapes(problem, largest, edges_per_item, num_ranges)]
+    scratch = empty((num_chunks, plan_scratch(largest.num_heads, num_ranges, parts, problem.num_blocks)))
     _ops._plan(
         *_selection(problem),
-        *_chunk(problem, chunk),
+        *_chunks(problem, grid),
         problem.total_k,
         edges_per_item,
         num_ranges,
         parts,
-        result.csr_offsets,
-        result.csr_edges,
-        result.work_items,
-        result.next_item,
+        *together,
         scratch,
     )
-    return result
+    plans = []
+    for i, chunk in enumerate(chunks):
+        shapes = _plan_shapes(problem, chunk, edges_per_item, num_ranges)
+        csr_offsets, csr_edges, work_items, next_item = (
+            of_chunk(tensor, i, num_chunks, shape) for tensor, shape in zip(together, shapes, strict=True)
+        )
+        plans.append(Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item))
+    return plans
+
+
+def _plan_shapes(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors of a `Plan`."""
+    num_edges = chunk.num_heads * chunk.num_queries * problem.topk
+    num_cells = chunk.num_heads * num_ranges * problem.num_blocks
+    return (num_cells + 1,), (num_edges,), (num_edges // edges_per_item + num_cells, 4), (1,)
 
 
 def forward_main(

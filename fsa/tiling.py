@@ -77,7 +77,7 @@ def pays_to_share_blocks(group_size: int) -> bool:
     On an H100 at 65,536 tokens and blocks of 64 that takes 3 to 30 % off the forward from group 2 on, by selection (at
     most 1 % with blocks of 128); at group 1, where a query tile has fewer rows for the same keys, it costs up to 4 %.
     """
-    return group_size > 1
+    return group_size > 2
 
 
 def query_tiles(num_queries: int) -> int:
@@ -102,7 +102,7 @@ def max_shared_blocks(group_size: int, block_size: int, topk: int) -> int:
 
 
 def plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> int:
-    """Parts into which the plan cuts the queries of a range, to count and fill them in parallel.
+    """Parts into which the plan cuts the queries of a range, to count and fill them in parallel, for all heads at once.
 
     Enough parts for two CTAs on each of 132 SMs; a part has at least 64 queries where possible.
     """

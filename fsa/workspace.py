@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from .problem import Chunk, Problem
+from .problem import ChunkGrid, Problem
 from .tiling import (
     backward_edges_per_item,
     backward_tile_k,
@@ -44,6 +45,9 @@ Pass = Literal["forward", "backward"]
 
 _DEFAULT_LIMIT = 1 << 30
 _INT32_END = 1 << 31
+# Plans of several chunks are made together, as far as they take limit / _PLANS_SHARE bytes at most: one chunk alone
+# leaves SMs without work.
+_PLANS_SHARE = 16
 # Queries of a chunk come in multiples of this where possible: plan parts and backward items are cut at 64 as well.
 _QUERY_STEP = 64
 
@@ -232,12 +236,13 @@ def may_share_blocks(sizes: Sizes, limit: int) -> bool:
     sharing = dataclasses.replace(sizes, shares_blocks=True)
     one_tile = min(_QUERY_STEP, sizes.total_q)
     return sizes.scattered_bytes <= limit // 4 and _fits(
-        sharing, "forward", sizes.num_kv_heads, one_tile, limit, limit - sizes.scattered_bytes
+        sharing, "forward", 1, one_tile, limit, limit - sizes.scattered_bytes
     )
 
 
-def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
-    """What split hands to shared, the query-outer stages of the forward."""
+def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> dict[str, Buffer]:
+    """What split hands to shared, the query-outer stages of the forward; of chunks one after the other."""
+    num_heads *= num_chunks
     tiles = query_tiles(num_queries)
     return {
         "shared_blocks": Buffer(
@@ -245,7 +250,7 @@ def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, 
         ),
         "shared_counts": Buffer((num_heads, tiles), torch.int32),
         "scattered_counts": Buffer((num_heads, num_queries), torch.int32),
-        "shared_next": Buffer((1,), torch.int32),
+        "shared_next": Buffer((num_chunks,), torch.int32),
     }
 
 
@@ -260,67 +265,111 @@ def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_i
     }
 
 
-def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
-    """Bytes that a chunk of `num_heads` KV heads and `num_queries` tokens allocates (delta, accumulators: apart)."""
+def of_chunk(together: torch.Tensor, index: int, num_chunks: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """What a chunk has of a tensor with room for `num_chunks` as large as the first, one after the other."""
+    room = together.numel() // num_chunks
+    return together.view(-1).narrow(0, index * room, math.prod(shape)).view(shape)
+
+
+def planned_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
+    """Bytes of what is made of a chunk's selection, before and by plan."""
     per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
     num_ranges = query_ranges(sizes, which, num_queries)
     buffers = plan_buffers(sizes, num_heads, num_queries, per_item, num_ranges)
-    if which == "forward":
-        buffers |= forward_buffers(sizes, num_heads, num_queries)
-        if sizes.shares_blocks:
-            buffers |= shared_buffers(sizes, num_heads, num_queries)
-    else:
-        buffers |= backward_buffers(sizes, num_heads, num_queries, per_item)
+    if which == "forward" and sizes.shares_blocks:
+        buffers |= shared_buffers(sizes, num_heads, num_queries)
     scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
     return scratch + sum(buffer.bytes for buffer in buffers.values())
+
+
+def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
+    """Bytes that a chunk of `num_heads` KV heads and `num_queries` tokens allocates (delta, accumulators: apart)."""
+    if which == "forward":
+        buffers = forward_buffers(sizes, num_heads, num_queries)
+    else:
+        per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
+        buffers = backward_buffers(sizes, num_heads, num_queries, per_item)
+    planned = planned_bytes(sizes, which, num_heads, num_queries, limit)
+    return planned + sum(buffer.bytes for buffer in buffers.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chunks
 # ---------------------------------------------------------------------------------------------------------------------
-def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
+@functools.lru_cache(maxsize=1024)
+def chunk_grids(sizes: Sizes, which: Pass, limit: int) -> tuple[ChunkGrid, ...]:
     """Chunks that cover all (KV head, query token) pairs once, heads outside, within the bound of this module.
 
     All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: of
     all heads together in the forward; of one head at a time in the backward, where every cut adds to the accumulators
-    of its heads once more.
+    of its heads once more. Those of a grid have the same heads, or all queries.
 
     Raises:
         RuntimeError: not even one query of one KV head fits; says the limit that it takes.
     """
-    groups, step = cut(sizes, which, limit)
-    queries = [(begin, min(begin + step, sizes.total_q)) for begin in range(0, sizes.total_q, step)]
-    return [Chunk(*heads, *query) for heads in _split(sizes.num_kv_heads, groups) for query in queries]
+    heads, queries = cut(sizes, which, limit)
+    together = chunks_together(sizes, which, heads, queries, limit)
+    cuts_queries = queries < sizes.total_q
+    head_step, query_step = (heads, together * queries) if cuts_queries else (together * heads, queries)
+    return tuple(
+        ChunkGrid(
+            head,
+            min(head + head_step, sizes.num_kv_heads),
+            query,
+            min(query + query_step, sizes.total_q),
+            heads,
+            queries,
+        )
+        for head in range(0, sizes.num_kv_heads, head_step)
+        for query in range(0, sizes.total_q, query_step)
+    )
 
 
-@functools.lru_cache(maxsize=1024)
 def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
-    """The decision of `plan_chunks`: in how many groups the KV heads go, and how many queries a chunk has."""
-    all_heads, all_queries = sizes.num_kv_heads, sizes.total_q
-    scattered = sizes.scattered_bytes if sizes.shares_blocks else 0
-    beside = sizes.delta_bytes if which == "backward" else scattered
+    """How many KV heads and how many queries a chunk has."""
+    all_heads, all_queries, spare = sizes.num_kv_heads, sizes.total_q, limit // _PLANS_SHARE
+    budget = _budget(sizes, which, limit, cuts_queries=False)
+    if _fits(sizes, which, all_heads, all_queries, limit, budget):
+        return all_heads, all_queries
+    for groups in range(2, all_heads + 1):
+        heads = ceil_div(all_heads, groups)
+        if _fits(sizes, which, heads, all_queries, limit, budget - spare):
+            return heads, all_queries
 
-    for groups in range(1, all_heads + 1):
-        if _fits(sizes, which, groups, all_queries, limit, limit - beside):
-            return groups, all_queries
+    heads, few_queries = 1, min(_QUERY_STEP, all_queries)
+    if which == "forward":
+        heads = all_heads
+        while heads > 1 and not _fits(sizes, which, heads, few_queries, limit, limit // 4):
+            heads = ceil_div(heads, 2)
+    budget = _budget(sizes, which, limit, cuts_queries=True)
+    if _fits(sizes, which, heads, few_queries, limit, budget - spare):
+        budget -= spare
+    return heads, _query_step(sizes, which, heads, limit, budget)
 
-    if which == "backward":
-        groups = all_heads
-        beside += sizes.accumulator_bytes
+
+def chunks_together(sizes: Sizes, which: Pass, chunk_heads: int, chunk_queries: int, limit: int) -> int:
+    """How many chunks of `cut` are planned together."""
+    cuts_queries = chunk_queries < sizes.total_q
+    chunks = ceil_div(sizes.total_q, chunk_queries) if cuts_queries else ceil_div(sizes.num_kv_heads, chunk_heads)
+    spare = _budget(sizes, which, limit, cuts_queries) - chunk_bytes(sizes, which, chunk_heads, chunk_queries, limit)
+    planned = planned_bytes(sizes, which, chunk_heads, chunk_queries, limit)
+    return min(chunks, 1 + min(spare, limit // _PLANS_SHARE) // planned)
+
+
+def _budget(sizes: Sizes, which: Pass, limit: int, cuts_queries: bool) -> int:
+    """Bytes that the chunks may take: what is left of the limit, a quarter of it where queries are cut."""
+    if which == "forward":
+        beside = sizes.scattered_bytes if sizes.shares_blocks else 0
     else:
-        groups = 1
-        while groups < all_heads and not _fits(sizes, which, groups, min(_QUERY_STEP, all_queries), limit, limit // 4):
-            groups = min(2 * groups, all_heads)
-    return groups, _query_step(sizes, which, groups, limit, max(limit - beside, limit // 4))
+        beside = sizes.delta_bytes + (sizes.accumulator_bytes if cuts_queries else 0)
+    return max(limit - beside, limit // 4) if cuts_queries else limit - beside
 
 
-def _fits(sizes: Sizes, which: Pass, groups: int, num_queries: int, limit: int, budget: int) -> bool:
-    """Whether chunks of `num_queries` tokens, the heads in so many groups, stay within `budget` bytes and int32."""
-    lengths = {sizes.num_kv_heads // groups, ceil_div(sizes.num_kv_heads, groups)}
-    return all(
+def _fits(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int, budget: int) -> bool:
+    """Whether a chunk stays within `budget` bytes and int32."""
+    return (
         _fits_int32(sizes, which, num_heads, num_queries)
         and chunk_bytes(sizes, which, num_heads, num_queries, limit) <= budget
-        for num_heads in lengths
     )
 
 
@@ -341,18 +390,11 @@ def _fits_int32(sizes: Sizes, which: Pass, num_heads: int, num_queries: int) -> 
     return largest < _INT32_END
 
 
-def _split(total: int, count: int) -> list[tuple[int, int]]:
-    """Cuts range(total) into `count` ranges whose lengths differ by at most one, the longest first."""
-    base, longer = divmod(total, count)
-    ends = [(i + 1) * base + min(i + 1, longer) for i in range(count)]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def _query_step(sizes: Sizes, which: Pass, groups: int, limit: int, budget: int) -> int:
+def _query_step(sizes: Sizes, which: Pass, num_heads: int, limit: int, budget: int) -> int:
     """Queries of a chunk: the fewest chunks that fit, of balanced length, a multiple of 64 tokens where possible."""
 
     def fits(num_queries: int) -> bool:
-        return _fits(sizes, which, groups, num_queries, limit, budget)
+        return _fits(sizes, which, num_heads, num_queries, limit, budget)
 
     if not fits(1):
         raise RuntimeError(_too_small_message(sizes, which, limit))

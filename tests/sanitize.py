@@ -43,9 +43,10 @@ MATRIX = [
     *((Case(f"block_size_{b}", (300, 20), head_dim=d, block_size=b), None) for b in (64, 128, 256) for d in (64, 256)),
     *((Case(f"group_size_{g}", _LENGTHS, group_size=g), None) for g in (1, 7, 16)),
     # Enough queries for some blocks to be shared by a query tile
-    *((Case(f"shared_{d}", (300, 20), head_dim=d, block_size=64, group_size=3), None) for d in (64, 96, 128, 192, 256)),
+    *((Case(f"shared_{d}", (300, 20), head_dim=d, block_size=64, group_size=4), None) for d in (64, 96, 128, 192, 256)),
+    (Case("shared_by_six_heads", (300, 20), head_dim=128, block_size=128, group_size=6), None),
     (Case("block_selected_by_all", (300,), group_size=16, topk=2, select=first_block_by_all), None),
-    (Case("chunks", (200, 33), num_kv_heads=3, head_dim=64), 400 * _KIBIBYTE),
+    (Case("chunks", (200, 33), num_kv_heads=3, group_size=4, head_dim=64, block_size=64), 400 * _KIBIBYTE),
 ]
 _SPECIAL = ("more_keys", "fewer_keys", "not_causal", "repeated_slots", "ids_out_of_range", "fused_qkv", "misaligned")
 _SPECIAL += ("tokens_outside_sequences", "nonfinite_next_sequence", "nan_seen_by_some_v", "expanded_gradients")

@@ -12,7 +12,7 @@ from harness import DEVICE, skip_unless_usable
 from torch import Tensor
 
 from fsa import backends, workspace
-from fsa.problem import Chunk, Problem
+from fsa.problem import Chunk, ChunkGrid, Problem
 
 BACKENDS = ("triton", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,6 +92,13 @@ def make_problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
 def make_chunk(case: Case) -> Chunk:
     """The part of the case's problem that the stages get."""
     return Chunk(*(case.heads or (0, case.num_kv_heads)), *(case.queries or (0, sum(case.lengths_q))))
+
+
+def alone(chunk: Chunk) -> ChunkGrid:
+    """The chunk as the only one that is planned."""
+    return ChunkGrid(
+        chunk.head_begin, chunk.head_end, chunk.query_begin, chunk.query_end, chunk.num_heads, chunk.num_queries
+    )
 
 
 def strided_rows(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

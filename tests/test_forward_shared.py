@@ -15,6 +15,7 @@ from stage_reference import QUERY_TILE, Split
 from stages import (
     POISON,
     Case,
+    alone,
     assert_margins,
     carved,
     forward_buffers,
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import fsa
 from fsa import backends, workspace
-from fsa.problem import Chunk, Problem
+from fsa.problem import Chunk, ChunkGrid, Problem
 
 # Queries of a run, and how many of them must select a block. A quarter of a tile leaves some slots of CASES scattered.
 RUNS = ((64, 1), (64, 8), (64, 64), (32, 5), (16, 4), (8, 1), (8, 3))
@@ -72,7 +73,7 @@ def run_split(
     buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
     buffers, wholes = carved({**buffers, "scattered": torch.full_like(problem.topk_idx, POISON)})
     scattered = buffers.pop("scattered")
-    stages.forward_split(problem, chunk, *run, scattered, **buffers)
+    stages.forward_split(problem, alone(chunk), *run, scattered, **buffers)
     assert_margins(wholes)
     assert ((buffers["shared_counts"] >= 0) & (buffers["shared_counts"] <= most)).all()
     mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
@@ -102,6 +103,26 @@ def assert_split(actual: tuple[Tensor, dict[str, Tensor]], wanted: Split) -> Non
 def test_split(stages: ModuleType, case: Case, run: tuple[int, int]) -> None:
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     assert_split(run_split(stages, problem, chunk, run), stage_reference.split(problem, chunk, *run))
+
+
+def test_split_of_several_chunks(stages: ModuleType) -> None:
+    """The last heads and the last queries are fewer; every chunk begins a query tile."""
+    case = Case("together", (130, 100), (130, 120), 5, 2, 8, 4, 64)
+    problem, grid = make_problem(case, torch.float16), ChunkGrid(0, 5, 0, 230, chunk_heads=2, chunk_queries=90)
+    chunks, sizes = grid.chunks(), workspace.Sizes.of(problem, shares_blocks=True)
+    scattered = torch.full_like(problem.topk_idx, POISON)
+    together = poisoned(workspace.shared_buffers(sizes, 2, 90, len(chunks)))
+    most = QUERY_TILE * problem.topk // QUARTER_OF_A_TILE[1]
+    together["shared_blocks"] = together["shared_blocks"].new_full((18, 2, most, 4), POISON)
+    stages.forward_split(problem, grid, *QUARTER_OF_A_TILE, scattered, **together)
+    for i, chunk in enumerate(chunks):
+        shapes = {
+            name: x.shape for name, x in workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries).items()
+        }
+        shapes["shared_blocks"] = torch.Size((*shapes["shared_counts"], most, 4))
+        buffers = {name: workspace.of_chunk(x, i, len(chunks), shapes[name]) for name, x in together.items()}
+        mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
+        assert_split((mine, buffers), stage_reference.split(problem, chunk, *QUARTER_OF_A_TILE))
 
 
 def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:
@@ -235,7 +256,7 @@ def test_sums_of_huge_values_are_finite(stages: ModuleType, rise: float) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole forward
 # ---------------------------------------------------------------------------------------------------------------------
-SHARING = cases.Case("shares", (70, 90), num_kv_heads=1, head_dim=16, block_size=64, topk=2)
+SHARING = cases.Case("shares", (70, 90), num_kv_heads=1, group_size=4, head_dim=16, block_size=64, topk=2)
 NEWEST, SM_80 = Target("cuda", torch.bfloat16), Target("cuda", torch.bfloat16, arch=80)
 
 
@@ -251,7 +272,7 @@ def run_forward(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("group_size", [2, 6, 16])
+@pytest.mark.parametrize("group_size", [4, 6, 16])
 def test_the_forward_shares_blocks(
     stages: ModuleType, group_size: int, block_size: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
@@ -261,7 +282,7 @@ def test_the_forward_shares_blocks(
 
 
 def test_heads_that_are_one_in_memory(stages: ModuleType, poisoned_memory: None) -> None:
-    inputs = dataclasses.replace(SHARING, group_size=2, num_kv_heads=2).inputs(torch.bfloat16, DEVICE)
+    inputs = dataclasses.replace(SHARING, num_kv_heads=2).inputs(torch.bfloat16, DEVICE)
     k, v = (x[:, :1].expand_as(x) for x in (inputs.k, inputs.v))
     expanded, written = (dataclasses.replace(inputs, k=x, v=y) for x, y in ((k, v), (k.contiguous(), v.contiguous())))
     for ours, theirs in zip(forward(expanded, "cuda"), forward(written, "cuda"), strict=True):
@@ -270,8 +291,8 @@ def test_heads_that_are_one_in_memory(stages: ModuleType, poisoned_memory: None)
 
 @pytest.mark.parametrize(
     ("target", "changes"),
-    [(NEWEST, {"group_size": 1}), (NEWEST, {"group_size": 3}), (NEWEST, {"block_size": 32}), (SM_80, {})],
-    ids=["group_size_1", "group_size_3", "block_size_32", "sm_80"],
+    [(NEWEST, {"group_size": 2}), (NEWEST, {"group_size": 3}), (NEWEST, {"block_size": 32}), (SM_80, {})],
+    ids=["group_size_2", "group_size_3", "block_size_32", "sm_80"],
 )
 def test_the_forward_does_not_share_blocks(
     target: Target, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
@@ -284,5 +305,5 @@ def test_the_forward_does_not_share_blocks(
 def test_the_forward_shares_no_blocks_where_the_limit_has_no_room(
     stages: ModuleType, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
-    fsa.set_workspace_limit(8000)
+    fsa.set_workspace_limit(16_000)
     assert run_forward(SHARING, monkeypatch) == []

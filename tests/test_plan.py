@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import stage_reference
 import torch
-from stages import BACKENDS, CASES, Case, load_stages, make_chunk, make_problem
+from stages import BACKENDS, CASES, Case, alone, load_stages, make_chunk, make_problem
 from torch import Tensor
 
-from fsa.problem import Plan
+from fsa.problem import ChunkGrid, Plan
 
 HOSTILE_CU_SEQLENS = (
     [0, 200, 100, 127],  # descending
@@ -40,10 +40,24 @@ def assert_same_plan(actual: Plan, wanted: Plan) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plan(backend: str, case: Case, edges_per_item: int, num_ranges: int) -> None:
     stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
-    plan = stages.plan(problem, chunk, edges_per_item, num_ranges)
+    (plan,) = stages.plan(problem, alone(chunk), edges_per_item, num_ranges)
     assert plan.edges_per_item == edges_per_item
     assert plan.csr_edges.shape == (chunk.num_heads * chunk.num_queries * problem.topk,)
     assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item, num_ranges))
+
+
+@pytest.mark.parametrize("num_ranges", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_that_are_planned_together(backend: str, num_ranges: int) -> None:
+    """The last heads and the last queries are fewer."""
+    case = Case("together", (70, 60), (70, 80), 5, 1, 8, 3, 32)
+    stages, problem = load_stages(backend), make_problem(case, torch.float16)
+    grid = ChunkGrid(0, 5, 3, 127, chunk_heads=2, chunk_queries=50)
+    chunks, plans = grid.chunks(), stages.plan(problem, grid, 64, num_ranges)
+    assert [chunk.num_heads for chunk in chunks] == [2] * 6 + [1] * 3
+    assert [chunk.num_queries for chunk in chunks] == [50, 50, 24] * 3
+    for chunk, plan in zip(chunks, plans, strict=True):
+        assert_same_plan(plan, stage_reference.plan(problem, chunk, 64, num_ranges))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +65,7 @@ def test_nothing_selected(backend: str) -> None:
     stages, case = load_stages(backend), CASES[0]
     problem = make_problem(case, torch.float16)
     problem = dataclasses.replace(problem, topk_idx=torch.full_like(problem.topk_idx, -1))
-    plan = stages.plan(problem, make_chunk(case), 64)
+    (plan,) = stages.plan(problem, alone(make_chunk(case)), 64)
     assert not plan.csr_offsets.any()
     assert (plan.work_items[:, 0] == -1).all()
 
@@ -60,8 +74,9 @@ def test_nothing_selected(backend: str) -> None:
 def test_cuda_equals_triton(num_ranges: int) -> None:
     cuda, triton = load_stages("cuda"), load_stages("triton")
     case = Case("long", (30000, 1, 20000), (30000, 2, 21000), 4, 1, 8, 16, 64, popular=True)
-    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    assert_same_plan(cuda.plan(problem, chunk, 1024, num_ranges), triton.plan(problem, chunk, 1024, num_ranges))
+    problem, grid = make_problem(case, torch.float16), alone(make_chunk(case))
+    (ours,), (wanted,) = (stages.plan(problem, grid, 1024, num_ranges) for stages in (cuda, triton))
+    assert_same_plan(ours, wanted)
 
 
 def test_more_blocks_than_a_cta_counts_at_a_time() -> None:
@@ -69,7 +84,7 @@ def test_more_blocks_than_a_cta_counts_at_a_time() -> None:
     case = Case("windows", (100, 200), (70000, 80000), 2, 1, 8, 7, 32, popular=True)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
     assert problem.num_blocks > 4096
-    plan = load_stages("cuda").plan(problem, chunk, 64, 2)
+    (plan,) = load_stages("cuda").plan(problem, alone(chunk), 64, 2)
     assert_same_plan(plan, stage_reference.plan(problem, chunk, 64, 2))
 
 
@@ -78,7 +93,7 @@ def test_more_blocks_than_a_cta_counts_at_a_time() -> None:
 def test_work_items_walk_one_range_after_the_other(backend: str, num_ranges: int) -> None:
     case = Case("ranges", (500,), (500,), 2, 1, 8, 4, 32)
     problem, chunk = make_problem(case, torch.float16), make_chunk(case)
-    plan = load_stages(backend).plan(problem, chunk, 64, num_ranges)
+    (plan,) = load_stages(backend).plan(problem, alone(chunk), 64, num_ranges)
     used_items = plan.work_items[plan.work_items[:, 0] >= 0]
     assert torch.equal(used_items[1:, 1], used_items[:-1, 2])  # the items follow each other through csr_edges
     ranges = plan.csr_edges[used_items[:, 1].long()] // problem.topk // (500 // num_ranges)
@@ -94,7 +109,8 @@ def test_hostile_cu_seqlens_stay_in_bounds(backend: str, cu_seqlens: list[int]) 
     case = Case("hostile", (50, 0, 77), (50, 0, 77), 2, 1, 8, 5, 32)
     stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
     hostile = torch.tensor(cu_seqlens, dtype=torch.int32, device=problem.q.device)
-    plan = stages.plan(dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile), chunk, 64)
+    problem = dataclasses.replace(problem, cu_seqlens_q=hostile, cu_seqlens_k=hostile)
+    (plan,) = stages.plan(problem, alone(chunk), 64)
 
     edges_per_head = chunk.num_queries * problem.topk
     offsets = plan.csr_offsets.tolist()
@@ -118,5 +134,5 @@ def test_one_part_counts_a_popular_block(monkeypatch: pytest.MonkeyPatch) -> Non
     case = Case("one_block", (20000,), (20000,), 1, 1, 8, 4, 256)
     problem = make_problem(case, torch.float16)
     problem = dataclasses.replace(problem, topk_idx=torch.zeros_like(problem.topk_idx))
-    plan = stages.plan(problem, make_chunk(case), 1024)
+    (plan,) = stages.plan(problem, alone(make_chunk(case)), 1024)
     assert torch.equal(used(plan), torch.arange(80000, dtype=torch.int32, device=plan.csr_edges.device))

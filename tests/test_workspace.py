@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fsa
 from fsa import tiling, workspace
 from fsa.problem import Chunk
-from fsa.workspace import Pass, Sizes, chunk_bytes, cut, edges_per_item, plan_chunks
+from fsa.workspace import Pass, Sizes, chunk_bytes, chunk_grids, chunks_together, cut, edges_per_item, planned_bytes
 
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 SMALL = Sizes(
@@ -57,6 +57,11 @@ def sharing_as_allowed(sizes: Sizes, which: Pass, limit: int) -> Sizes:
     return dataclasses.replace(sizes, shares_blocks=shares)
 
 
+def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
+    """All chunks, in order."""
+    return [chunk for grid in chunk_grids(sizes, which, limit) for chunk in grid.chunks()]
+
+
 def ranges(chunks: list[Chunk]) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """Query ranges by head range, in the order of the chunks."""
     by_heads = itertools.groupby(chunks, lambda c: (c.head_begin, c.head_end))
@@ -69,13 +74,14 @@ def assert_covers(pieces: list[tuple[int, int]], total: int) -> None:
     assert pieces[-1][1] == total and all(begin < end for begin, end in pieces)
 
 
-def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, queries_are_cut: bool) -> None:
-    """The bound that workspace.py documents, and int32 for every index inside the chunk."""
+def assert_within_caps(sizes: Sizes, which: Pass, limit: int, chunk: Chunk, queries_are_cut: bool, others: int) -> None:
+    """The bound that workspace.py documents, and int32 for every index inside the chunk; plans of others are there."""
     delta = sizes.delta_bytes if which == "backward" else 0
     accumulators = sizes.accumulator_bytes if which == "backward" and queries_are_cut else 0
     scattered = sizes.scattered_bytes if which == "forward" and sizes.shares_blocks else 0
     heads, queries = chunk.num_heads, chunk.num_queries
     in_use = delta + scattered + heads * accumulators + chunk_bytes(sizes, which, heads, queries, limit)
+    in_use += others * planned_bytes(sizes, which, heads, queries, limit)
     assert in_use <= max(limit, delta + accumulators + limit // 4)
 
     if which == "forward":
@@ -94,19 +100,22 @@ def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pas
     limit = 1 << log2_limit
     sizes = sharing_as_allowed(sizes, which, limit)
     try:
-        groups, step = cut(sizes, which, limit)
+        heads, step = cut(sizes, which, limit)
     except RuntimeError:
         assert chunk_bytes(sizes, which, 1, 1, limit) > limit // 4
         return
-    assume(groups * sizes.total_q / step < 10_000)
+    assume(sizes.num_kv_heads / heads * sizes.total_q / step < 10_000)
+    grids = chunk_grids(sizes, which, limit)
+    assert max(len(grid.chunks()) for grid in grids) == chunks_together(sizes, which, heads, step, limit)
     chunks = plan_chunks(sizes, which, limit)
     by_heads = ranges(chunks)
     assert_covers(list(by_heads), sizes.num_kv_heads)
     for queries in by_heads.values():
         assert_covers(queries, sizes.total_q)
-    shapes = {(chunk.num_heads, chunk.num_queries): chunk for chunk in chunks}
-    for chunk in shapes.values():
-        assert_within_caps(sizes, which, limit, chunk, queries_are_cut=chunk.num_queries < sizes.total_q)
+    shapes = {(grid.chunks()[0], len(grid.chunks())) for grid in grids}
+    for chunk, together in shapes:
+        queries_are_cut = chunk.num_queries < sizes.total_q
+        assert_within_caps(sizes, which, limit, chunk, queries_are_cut, others=together - 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -155,7 +164,7 @@ def test_then_whole_heads(which: Pass) -> None:
     chunks = plan_chunks(sizes, which, limit)
     assert {(c.query_begin, c.query_end) for c in chunks} == {(0, 1000)}
     assert len(chunks) > 1
-    assert max(c.num_heads for c in chunks) - min(c.num_heads for c in chunks) <= 1
+    assert len({c.num_heads for c in chunks[:-1]}) == 1 and chunks[-1].num_heads <= chunks[0].num_heads
 
 
 @pytest.mark.parametrize("which", PASSES)

@@ -27,28 +27,28 @@ from torch import Tensor
 
 import fsa
 from fsa import backends, tiling
-from fsa.problem import Chunk, Plan
+from fsa.problem import Chunk, ChunkGrid, Plan
 
 pytestmark = pytest.mark.usefixtures("workspace_limit")
 MIB = 2**20
 
 CUT_CASE = (
-    Case("cut", (1400, 600), num_kv_heads=4, head_dim=64, block_size=64, topk=8)
+    Case("cut", (1400, 600), num_kv_heads=4, group_size=4, head_dim=64, block_size=64, topk=8)
     if HAS_GPU
-    else Case("cut", (200, 33), num_kv_heads=2, head_dim=8, block_size=64, topk=2)
+    else Case("cut", (200, 33), num_kv_heads=2, group_size=4, head_dim=8, block_size=64, topk=2)
 )
 # Limits under which it is cut, and shares blocks.
-CUT_LIMITS = {"heads": 12 * MIB, "queries": 2 * MIB} if HAS_GPU else {"heads": 36_000, "queries": 20_000}
+CUT_LIMITS = {"heads": 14 * MIB, "queries": 4 * MIB} if HAS_GPU else {"heads": 56_000, "queries": 28_000}
 
 
 def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
     """Will hold the chunks of all calls to come: the first stage sees each."""
     stages, chunks = backends.stages(backend), []
-    plan: Callable[..., Plan] = stages.plan
+    plan: Callable[..., list[Plan]] = stages.plan
 
-    def recording_plan(problem: object, chunk: Chunk, *arguments: int) -> Plan:
-        chunks.append(chunk)
-        return plan(problem, chunk, *arguments)
+    def recording_plan(problem: object, grid: ChunkGrid, *arguments: int) -> list[Plan]:
+        chunks.extend(grid.chunks())
+        return plan(problem, grid, *arguments)
 
     monkeypatch.setattr(stages, "plan", recording_plan)
     return chunks
@@ -85,11 +85,11 @@ def test_query_ranges_are_as_exact(target: Target, monkeypatch: pytest.MonkeyPat
     inputs = Case("ranges", (150, 33), num_kv_heads=2, group_size=16, head_dim=16, topk=9).inputs(target.dtype, DEVICE)
     monkeypatch.setattr(tiling, "_QUERY_BYTES_IN_L2", 1)
     stages, num_ranges = backends.stages(target.backend), []
-    plan: Callable[..., Plan] = stages.plan
+    plan: Callable[..., list[Plan]] = stages.plan
 
-    def recording_plan(problem: object, chunk: Chunk, edges_per_item: int, ranges: int = 1) -> Plan:
+    def recording_plan(problem: object, grid: ChunkGrid, edges_per_item: int, ranges: int = 1) -> list[Plan]:
         num_ranges.append(ranges)
-        return plan(problem, chunk, edges_per_item, ranges)
+        return plan(problem, grid, edges_per_item, ranges)
 
     monkeypatch.setattr(stages, "plan", recording_plan)
     assert_results(run(inputs, target.backend), expected_results(inputs))

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa.problem import Chunk, Plan, Problem
+from fsa.problem import Chunk, ChunkGrid, Plan, Problem
 from triton_ref.common import (
     SIZES,
     first_block,
@@ -104,8 +104,12 @@ def work_items_kernel(
         tl.store(row + 3, sequence, mask=exists)
 
 
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
-    """Sort the chunk's edges by cell and cut them into work items; the result is described by `fsa.problem.Plan`."""
+def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
+    """Sort each chunk's edges by cell and cut them into work items; the results are described by `fsa.problem.Plan`."""
+    return [_plan_chunk(problem, chunk, edges_per_item, num_ranges) for chunk in grid.chunks()]
+
+
+def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int) -> Plan:
     num_cells = chunk.num_heads * num_ranges * problem.num_blocks
     edges_per_head = chunk.num_queries * problem.topk
     num_edges = chunk.num_heads * edges_per_head

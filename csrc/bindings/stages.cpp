@@ -76,6 +76,23 @@ Geometry make_geometry(const ChunkArguments& a, int64_t subs, int64_t group_size
     return g;
 }
 
+// Makes of several chunks the first one.
+ChunkGrid cut_chunks(ChunkArguments& a, int64_t chunk_heads, int64_t chunk_queries) {
+    STD_TORCH_CHECK(a.topk_idx.dim() == 3, "topk_idx must have 3 dimensions");
+    STD_TORCH_CHECK(a.head_end <= a.topk_idx.size(0) && a.query_end <= a.topk_idx.size(1), "chunks out of range");
+    STD_TORCH_CHECK(chunk_heads >= 1 && chunk_queries >= 1, "empty chunks");
+    const auto count = [](int64_t begin, int64_t end, int64_t each) { return (end - begin + each - 1) / each; };
+    const int64_t query_chunks = count(a.query_begin, a.query_end, chunk_queries);
+    const int64_t num_chunks = query_chunks * count(a.head_begin, a.head_end, chunk_heads);
+    STD_TORCH_CHECK(num_chunks <= 65535, "too many chunks at a time");
+    const ChunkGrid grid = {
+        static_cast<int>(a.head_end), static_cast<int>(a.query_end), static_cast<int>(query_chunks),
+        static_cast<int>(num_chunks)};
+    a.head_end = std::min(a.head_begin + chunk_heads, a.head_end);
+    a.query_end = std::min(a.query_begin + chunk_queries, a.query_end);
+    return grid;
+}
+
 // Geometry from a partial buffer, which is checked against it.
 Geometry geometry_of_partial(const ChunkArguments& a, const Tensor& partial, const char* name, ScalarType dtype) {
     STD_TORCH_CHECK(partial.dim() == 6, name, " must have 6 dimensions");
@@ -89,15 +106,20 @@ int64_t num_edges_bound(const Geometry& g) {
     return static_cast<int64_t>(g.num_heads) * g.num_queries * g.topk;
 }
 
+int64_t max_work_items(const Geometry& g, int64_t cells, int64_t edges_per_item) {
+    STD_TORCH_CHECK(edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX, "edges_per_item out of range");
+    const int64_t max_items = num_edges_bound(g) / edges_per_item + cells;
+    STD_TORCH_CHECK(max_items * g.subs <= INT32_MAX, "too many work items");
+    return max_items;
+}
+
 PlanView plan_view(
     const Geometry& g, const Tensor& csr_offsets, const Tensor& csr_edges, const Tensor& work_items,
     const Tensor& next_item, int64_t edges_per_item) {
-    STD_TORCH_CHECK(edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX, "edges_per_item out of range");
-    const int64_t cells = csr_offsets.numel() - 1, max_items = num_edges_bound(g) / edges_per_item + cells;
+    const int64_t cells = csr_offsets.numel() - 1, max_items = max_work_items(g, cells, edges_per_item);
     STD_TORCH_CHECK(
         cells > 0 && cells % (static_cast<int64_t>(g.num_heads) * g.num_blocks) == 0,
         "csr_offsets must have an entry a cell, and one more");
-    STD_TORCH_CHECK(max_items * g.subs <= INT32_MAX, "too many work items");
     check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {cells + 1});
     check_buffer(csr_edges, "csr_edges", ScalarType::Int, {num_edges_bound(g)});
     check_buffer(work_items, "work_items", ScalarType::Int, {max_items, 4});
@@ -159,14 +181,17 @@ ForwardReduceParams reduce_params(
         static_cast<int>(num_kv_heads)};
 }
 
+// Of several chunks as large as this one, their heads one after the other.
 SharedBlocks shared_blocks_of(
-    const Geometry& g, const Tensor& blocks, const Tensor& counts, const Tensor& scattered_counts, const Tensor& next) {
+    const Geometry& g, int64_t num_chunks, const Tensor& blocks, const Tensor& counts, const Tensor& scattered_counts,
+    const Tensor& next) {
     const int64_t num_tiles = (g.num_queries - 1) / kQueryTile + 1;
+    const int64_t heads = num_chunks * g.num_heads;
     STD_TORCH_CHECK(blocks.dim() == 4, "shared_blocks must have 4 dimensions");
-    check_buffer(blocks, "shared_blocks", ScalarType::Int, {g.num_heads, num_tiles, blocks.size(2), 4});
-    check_buffer(counts, "shared_counts", ScalarType::Int, {g.num_heads, num_tiles});
-    check_buffer(scattered_counts, "scattered_counts", ScalarType::Int, {g.num_heads, g.num_queries});
-    check_buffer(next, "shared_next", ScalarType::Int, {1});
+    check_buffer(blocks, "shared_blocks", ScalarType::Int, {heads, num_tiles, blocks.size(2), 4});
+    check_buffer(counts, "shared_counts", ScalarType::Int, {heads, num_tiles});
+    check_buffer(scattered_counts, "scattered_counts", ScalarType::Int, {heads, g.num_queries});
+    check_buffer(next, "shared_next", ScalarType::Int, {num_chunks});
     STD_TORCH_CHECK(g.num_heads * num_tiles * g.group_size <= INT32_MAX, "too many query tiles");
     return {
         static_cast<int4*>(blocks.mutable_data_ptr()),
@@ -181,18 +206,20 @@ SharedBlocks shared_blocks_of(
 
 void forward_split(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t run_queries,
-    int64_t min_queries, Tensor scattered_idx, Tensor shared_blocks, Tensor shared_counts, Tensor scattered_counts,
-    Tensor shared_next) {
-    const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
-                              query_begin, query_end,    block_size,   causal,     total_k};
+    int64_t query_begin, int64_t query_end, int64_t chunk_heads, int64_t chunk_queries, int64_t block_size, bool causal,
+    int64_t total_k, int64_t run_queries, int64_t min_queries, Tensor scattered_idx, Tensor shared_blocks,
+    Tensor shared_counts, Tensor scattered_counts, Tensor shared_next) {
+    ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
+                        query_begin, query_end,    block_size,   causal,     total_k};
     ForwardSplitParams p = {};
+    p.grid = cut_chunks(a, chunk_heads, chunk_queries);
     p.geometry = make_geometry(a, 1, 1, 8);
     check_buffer(
         scattered_idx, "scattered_idx", ScalarType::Int, {topk_idx.size(0), topk_idx.size(1), topk_idx.size(2)});
     p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
     p.scattered_idx = static_cast<int32_t*>(scattered_idx.mutable_data_ptr());
-    p.shared = shared_blocks_of(p.geometry, shared_blocks, shared_counts, scattered_counts, shared_next);
+    p.shared =
+        shared_blocks_of(p.geometry, p.grid.num_chunks, shared_blocks, shared_counts, scattered_counts, shared_next);
     STD_TORCH_CHECK(
         run_queries == 8 || run_queries == 16 || run_queries == 32 || run_queries == kQueryTile,
         "run_queries must be 8, 16, 32 or 64");
@@ -207,34 +234,39 @@ void forward_split(
 
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
-    int64_t query_begin, int64_t query_end, int64_t block_size, bool causal, int64_t total_k, int64_t edges_per_item,
-    int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges, Tensor work_items, Tensor next_item,
-    Tensor scratch) {
-    const ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
-                              query_begin, query_end,    block_size,   causal,     total_k};
+    int64_t query_begin, int64_t query_end, int64_t chunk_heads, int64_t chunk_queries, int64_t block_size, bool causal,
+    int64_t total_k, int64_t edges_per_item, int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges,
+    Tensor work_items, Tensor next_item, Tensor scratch) {
+    ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
+                        query_begin, query_end,    block_size,   causal,     total_k};
+    const ChunkGrid grid = cut_chunks(a, chunk_heads, chunk_queries);
     const Geometry g = make_geometry(a, 1, 1, 8);
-    const PlanView view = plan_view(g, csr_offsets, csr_edges, work_items, next_item, edges_per_item);
     const int64_t ranges = num_ranges * g.num_heads, cells = ranges * g.num_blocks;
-    const int64_t groups = ranges * ((g.num_blocks - 1) / kPlanGroup + 1);
+    const int64_t groups = ranges * ((g.num_blocks - 1) / kPlanGroup + 1), chunks = grid.num_chunks;
+    const int64_t max_items = max_work_items(g, cells, edges_per_item);
     STD_TORCH_CHECK(num_ranges >= 1 && ranges <= 65535, "num_ranges out of range");
-    STD_TORCH_CHECK(parts >= 1 && parts <= INT32_MAX, "parts out of range");
-    check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {cells + 1});
-    check_buffer(scratch, "scratch", ScalarType::Int, {2 * groups + cells * parts + cells});
+    STD_TORCH_CHECK(parts >= 1 && parts * chunks <= INT32_MAX, "parts out of range");
+    check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {chunks, cells + 1});
+    check_buffer(csr_edges, "csr_edges", ScalarType::Int, {chunks, num_edges_bound(g)});
+    check_buffer(work_items, "work_items", ScalarType::Int, {chunks, max_items, 4});
+    check_buffer(next_item, "next_item", ScalarType::Int, {chunks, 1});
+    check_buffer(scratch, "scratch", ScalarType::Int, {chunks, 2 * groups + cells * parts + cells});
     const DeviceGuard guard(topk_idx.get_device());
     PlanParams p = {};
     p.geometry = g;
+    p.grid = grid;
     p.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());
     p.num_ranges = static_cast<int>(num_ranges);
     p.parts = static_cast<int>(parts);
     p.group_sums = static_cast<EdgesAndItems*>(scratch.mutable_data_ptr());
-    p.counts = reinterpret_cast<int32_t*>(p.group_sums + groups);
-    p.cell_edges = p.counts + cells * parts;
+    p.counts = reinterpret_cast<int32_t*>(p.group_sums + chunks * groups);
+    p.cell_edges = p.counts + chunks * cells * parts;
     p.csr_offsets = static_cast<int32_t*>(csr_offsets.mutable_data_ptr());
     p.csr_edges = static_cast<int32_t*>(csr_edges.mutable_data_ptr());
     p.work_items = static_cast<int4*>(work_items.mutable_data_ptr());
-    p.next_item = view.next_item;
-    p.max_items = view.max_items;
-    p.edges_per_item = view.edges_per_item;
+    p.next_item = static_cast<int32_t*>(next_item.mutable_data_ptr());
+    p.max_items = static_cast<int>(max_items);
+    p.edges_per_item = static_cast<int>(edges_per_item);
     launch_plan(p, current_stream(topk_idx));
 }
 
@@ -292,7 +324,7 @@ void forward_shared(
     ForwardSharedParams p = {};
     static_cast<ForwardReduceParams&>(p) =
         reduce_params(g, topk_idx, o_partial, lse_partial, value_exponent, out, lse, dtype);
-    p.shared = shared_blocks_of(g, shared_blocks, shared_counts, scattered_counts, shared_next);
+    p.shared = shared_blocks_of(g, 1, shared_blocks, shared_counts, scattered_counts, shared_next);
     p.q = row_tensor(q, "q", dtype, total_q, num_kv_heads * g.group_size, g.head_dim);
     p.k = row_tensor(k, "k", dtype, k.size(0), num_kv_heads, g.head_dim);
     p.v = row_tensor(v, "v", dtype, k.size(0), num_kv_heads, g.head_dim);

@@ -3,6 +3,7 @@
 // numbered by the first query that shares the block, so no result depends on the order in which threads run.
 #include "forward/split.h"
 
+#include "device/chunk_grid.cuh"
 #include "device/ptx.cuh"
 #include "device/sequence.cuh"
 #include "launch.h"
@@ -83,8 +84,9 @@ __device__ __forceinline__ TileQuery load_tile_query(const Geometry& g, int quer
     TileQuery q = {0, 0, 0, static_cast<int>(threadIdx.x) / 32, 1u << threadIdx.x % 32, {~0u, ~0u}};
     if (run_queries < kQueryTile) {
         const int first = static_cast<int>(threadIdx.x) % 32 / run_queries * run_queries;
-        q.run[q.word] = ~0u >> (32 - run_queries) << first;
-        q.run[1 - q.word] = 0;
+        const unsigned run = ~0u >> (32 - run_queries) << first;
+        q.run[0] = q.word == 0 ? run : 0;
+        q.run[1] = q.word == 1 ? run : 0;
     }
     if (query >= g.num_queries) return q;
     const int token = g.query_begin + query;
@@ -129,11 +131,25 @@ __device__ __forceinline__ int prefix_sum(int value, int* owned, int& total) {
     return inclusive - value + (threadIdx.x >= 32 ? owned[0] : 0);
 }
 
+// The buffers of one chunk, whose geometry this is.
+__device__ __forceinline__ SharedBlocks shared_of_chunk(const ForwardSplitParams& p, const Geometry& g, int chunk) {
+    const Geometry& first = p.geometry;
+    const int64_t tiles = static_cast<int64_t>(first.num_heads) * p.shared.num_tiles;
+    SharedBlocks s = p.shared;
+    s.num_tiles = (g.num_queries - 1) / kQueryTile + 1;
+    s.blocks += chunk * tiles * s.max_blocks;
+    s.counts += chunk * tiles;
+    s.scattered_counts += chunk * static_cast<int64_t>(first.num_heads) * first.num_queries;
+    s.next += chunk;
+    return s;
+}
+
 __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant__ ForwardSplitParams p) {
     await_kernel_before();
-    const Geometry& g = p.geometry;
-    const SharedBlocks& out = p.shared;
-    const int tile = blockIdx.x, head = blockIdx.y, query = tile * kQueryTile + threadIdx.x;
+    const int chunk = blockIdx.z, tile = blockIdx.x, head = blockIdx.y, query = tile * kQueryTile + threadIdx.x;
+    const Geometry g = geometry_of_chunk(p.geometry, p.grid, chunk);
+    if (head >= g.num_heads || tile * kQueryTile >= g.num_queries) return;
+    const SharedBlocks out = shared_of_chunk(p, g, chunk);
     const TileSlots slots = {
         static_cast<int64_t>(g.head_begin + head) * g.sequences.total_q + g.query_begin + tile * kQueryTile,
         min(g.num_queries - tile * kQueryTile, kQueryTile), g.topk};
@@ -142,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
     const bool fits = g.topk <= kBatch;
     if (fits) slots.load(*shared.ids, p.topk_idx, 0);
     const TileQuery own = load_tile_query(g, query, p.run_queries);
-    const int64_t head_and_tile = static_cast<int64_t>(head) * gridDim.x + tile;
+    const int64_t head_and_tile = static_cast<int64_t>(head) * out.num_tiles + tile;
     int4* entries = out.blocks + head_and_tile * out.max_blocks;
     // Of the thread's query. By way of shared memory, if they fit, since a thread's own do not lie side by side with others'.
     int32_t* const scattered =
@@ -217,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) forward_split(const __grid_constant_
 
 void launch_forward_split(const ForwardSplitParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
-    const dim3 ctas((g.num_queries - 1) / kQueryTile + 1, g.num_heads);
+    const dim3 ctas(p.shared.num_tiles, g.num_heads, p.grid.num_chunks);
     const int bytes = split_memory_bytes(min(g.num_blocks, kWindow));
     launch("forward_split", forward_split, {ctas, kThreads, bytes}, p, stream);
 }

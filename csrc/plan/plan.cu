@@ -6,6 +6,7 @@
 // runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics.
 #include "plan/plan.h"
 
+#include "device/chunk_grid.cuh"
 #include "device/ptx.cuh"
 #include "device/sequence.cuh"
 #include "launch.h"
@@ -37,8 +38,25 @@ __device__ __forceinline__ Run split(Run run, int pieces, int piece) {
     return {begin, min(begin + each, run.end)};
 }
 
+// One chunk as if it were alone.
+__device__ __forceinline__ PlanParams params_of_chunk(const PlanParams& chunks, int chunk) {
+    const Geometry& first = chunks.geometry;
+    const int64_t ranges = first.num_heads * chunks.num_ranges, cells = ranges * first.num_blocks;
+    PlanParams p = chunks;
+    p.geometry = geometry_of_chunk(first, chunks.grid, chunk);
+    p.group_sums += chunk * ranges * ((first.num_blocks + kPlanGroup - 1) / kPlanGroup);
+    p.counts += chunk * cells * p.parts;
+    p.cell_edges += chunk * cells;
+    p.csr_offsets += chunk * (cells + 1);
+    p.csr_edges += chunk * (static_cast<int64_t>(first.num_heads) * first.num_queries * first.topk);
+    p.work_items += chunk * static_cast<int64_t>(p.max_items);
+    p.next_item += chunk;
+    return p;
+}
+
 // What a CTA of plan_count and of plan_fill works on: the edges from a part's queries to the blocks of a window.
 struct Share {
+    int part;
     int head;
     int first_cell;    // of the window
     Run queries;       // of the part
@@ -49,8 +67,9 @@ struct Share {
 
 __device__ __forceinline__ Share own_share(const PlanParams& p) {
     const Geometry& g = p.geometry;
-    const int part = blockIdx.x, head_and_range = blockIdx.y;
+    const int part = static_cast<int>(blockIdx.x) % p.parts, head_and_range = blockIdx.y;
     Share s;
+    s.part = part;
     s.head = head_and_range / p.num_ranges;
     const Run range = split({0, g.num_queries}, p.num_ranges, head_and_range - s.head * p.num_ranges);
     s.queries = split(range, p.parts, part);
@@ -130,8 +149,10 @@ __device__ __forceinline__ EdgesAndItems of_cell(int edges, const PlanParams& p)
     return {edges, (edges + p.edges_per_item - 1) / p.edges_per_item};
 }
 
-__global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ PlanParams p) {
+__global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ PlanParams chunks) {
     await_kernel_before();
+    const PlanParams p = params_of_chunk(chunks, blockIdx.x / chunks.parts);
+    if (blockIdx.y >= p.geometry.num_heads * p.num_ranges) return;  // a chunk of fewer heads
     __shared__ int counts[kWindow];
     __shared__ QueryBlocks tile_blocks[kTileQueries];
     const Share share = own_share(p);
@@ -152,12 +173,16 @@ __global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ P
 }
 
 // A CTA a group of cells, a lane a cell: how many of the cell's edges stand in earlier parts, and how many there are.
-__global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_constant__ PlanParams p) {
+__global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_constant__ PlanParams chunks) {
     await_kernel_before();
+    const int groups_a_range = (chunks.geometry.num_blocks - 1) / kPlanGroup + 1;
+    const PlanParams p = params_of_chunk(chunks, blockIdx.x / groups_a_range);
+    if (blockIdx.y >= p.geometry.num_heads * p.num_ranges) return;
     static_assert(kPlanGroup == 32, "a lane a cell");
     __shared__ int sums[kPrefixWarps][32];
     const Geometry& g = p.geometry;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = blockIdx.x, head_and_range = blockIdx.y;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = static_cast<int>(blockIdx.x) % groups_a_range, head_and_range = blockIdx.y;
     const int block = group * kPlanGroup + lane;
     const bool exists = block < g.num_blocks;
     const Run parts = split({0, p.parts}, kPrefixWarps, warp);
@@ -196,7 +221,7 @@ __global__ void __launch_bounds__(kPrefixThreads) plan_prefix(const __grid_const
             of_group.edges += __shfl_xor_sync(~0u, of_group.edges, step);
             of_group.items += __shfl_xor_sync(~0u, of_group.items, step);
         }
-        if (lane == 0) p.group_sums[static_cast<int64_t>(head_and_range) * gridDim.x + group] = of_group;
+        if (lane == 0) p.group_sums[static_cast<int64_t>(head_and_range) * groups_a_range + group] = of_group;
     }
 }
 
@@ -253,7 +278,7 @@ __device__ __forceinline__ void store_work_items(
     const EdgesAndItems* offsets, const PlanParams& p, const Share& share) {
     const Geometry& g = p.geometry;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Run own = split({0, share.window}, p.parts, blockIdx.x);
+    const Run own = split({0, share.window}, p.parts, share.part);
     for (int i = own.begin + warp; i < own.end; i += kWarps) {
         const int block = share.window_begin + i;
         const EdgesAndItems first = offsets[i], end = offsets[i + 1];
@@ -266,10 +291,10 @@ __device__ __forceinline__ void store_work_items(
         if (lane == 0) p.csr_offsets[share.first_cell + i] = first.edges;
     }
 
-    const bool last_window = blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1;
-    if (!last_window) return;
-    const int thread = blockIdx.x * kThreads + threadIdx.x;
-    for (int item = offsets[share.window].items + thread; item < p.max_items; item += gridDim.x * kThreads)
+    const bool last_range = static_cast<int>(blockIdx.y) == g.num_heads * p.num_ranges - 1;
+    if (!last_range || share.window_begin + share.window < g.num_blocks) return;
+    const int thread = share.part * kThreads + threadIdx.x;
+    for (int item = offsets[share.window].items + thread; item < p.max_items; item += p.parts * kThreads)
         p.work_items[item] = make_int4(-1, 0, 0, 0);
     if (thread == 0) {
         p.csr_offsets[share.first_cell + share.window] = offsets[share.window].edges;
@@ -318,8 +343,10 @@ __device__ __forceinline__ void counts_to_positions(const FillMemory& shared, in
 }
 
 // Two CTAs an SM: tiling.plan_parts makes that many.
-__global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__ PlanParams p) {
+__global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__ PlanParams chunks) {
     await_kernel_before();
+    const PlanParams p = params_of_chunk(chunks, blockIdx.x / chunks.parts);
+    if (blockIdx.y >= p.geometry.num_heads * p.num_ranges) return;
     const Share share = own_share(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, window = share.window;
     const FillMemory shared = carve_fill_memory(dynamic_shared_memory(), window);
@@ -373,8 +400,8 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
 void launch_plan(const PlanParams& p, cudaStream_t stream) {
     const Geometry& g = p.geometry;
     const int heads_and_ranges = g.num_heads * p.num_ranges;
-    const dim3 shares(p.parts, heads_and_ranges, (g.num_blocks + kWindow - 1) / kWindow);
-    const dim3 groups((g.num_blocks + kPlanGroup - 1) / kPlanGroup, heads_and_ranges);
+    const dim3 shares(p.parts * p.grid.num_chunks, heads_and_ranges, (g.num_blocks - 1) / kWindow + 1);
+    const dim3 groups(((g.num_blocks - 1) / kPlanGroup + 1) * p.grid.num_chunks, heads_and_ranges);
     const int fill_bytes = fill_memory_bytes(min(kWindow, g.num_blocks));
     launch("plan_count", plan_count, {shares, kThreads, 0}, p, stream);
     launch("plan_prefix", plan_prefix, {groups, kPrefixThreads, 0}, p, stream);

@@ -32,11 +32,12 @@ struct Copy {
 // An mbarrier, as it lies in shared memory.
 struct Mbarrier {
     uint16_t arrivals, missing;
-    uint16_t missing_bytes;  // in units of 16
-    uint16_t phase;          // that has not ended
+    int16_t missing_bytes;  // in units of 16; negative: some have come before whoever expects them has arrived
+    uint16_t phase;         // that has not ended
 
     void end_phase_if_complete() {
         if (missing > 0 || missing_bytes > 0) return;
+        if (missing_bytes < 0) fail("bytes at an mbarrier that does not expect them");
         missing = arrivals;
         ++phase;
     }
@@ -294,15 +295,15 @@ void mbarrier_init(uint32_t address, int arrivals) {
 void mbarrier_arrive(uint32_t address, int bytes) {
     running().proxy_fences_at_barrier = running().proxy_fences;
     Mbarrier& barrier = mbarrier_at(address);
-    barrier.missing_bytes = static_cast<uint16_t>(barrier.missing_bytes + bytes / 16);
+    barrier.missing_bytes = static_cast<int16_t>(barrier.missing_bytes + bytes / 16);
     --barrier.missing;
     barrier.end_phase_if_complete();
 }
 
 void mbarrier_complete(uint32_t address, int bytes) {
     Mbarrier& barrier = mbarrier_at(address);
-    if (bytes % 16 != 0 || bytes / 16 > barrier.missing_bytes) fail("bytes at an mbarrier that does not expect them");
-    barrier.missing_bytes = static_cast<uint16_t>(barrier.missing_bytes - bytes / 16);
+    if (bytes % 16 != 0) fail("bytes at an mbarrier that are no multiple of 16");
+    barrier.missing_bytes = static_cast<int16_t>(barrier.missing_bytes - bytes / 16);
     barrier.end_phase_if_complete();
 }
 

@@ -216,6 +216,9 @@ inline unsigned atomicAnd(unsigned* p, unsigned x) {
 inline int __ffs(unsigned x) {
     return x == 0 ? 0 : std::countr_zero(x) + 1;
 }
+inline int __ffsll(long long x) {
+    return __builtin_ffsll(x);
+}
 inline int __popc(unsigned x) {
     return std::popcount(x);
 }
