@@ -56,6 +56,13 @@ __device__ __forceinline__ void load_sub_blocks(
         }
 }
 
+__device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
+    for (int* x : {&block.key_token, &block.num_keys, &block.visible_offset, &block.visible_end})
+        *x = __shfl_sync(~0u, *x, lane);
+    for (uint32_t& bits : block.queries.bits) bits = __shfl_sync(~0u, bits, lane);
+    return block;
+}
+
 // Starts the loads of a CTA, one after the other, K of each before V of the one before: it is needed first. A warp.
 template <typename Traits>
 struct LoadStarter {
@@ -65,12 +72,13 @@ struct LoadStarter {
     int sub_blocks = 0;           // of the next load, described so far
     bool values_missing = false;  // V of the load before is not started
 
-    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete.
+    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete. Lane 0 writes it, which
+    // arrives for the warp: racecheck sees no other order.
     __device__ __forceinline__ void add(const Unit& unit, int index, const SharedSubBlock& block, int from) {
-        if (static_cast<int>(threadIdx.x) % 32 == from) pipeline.load(n).blocks[sub_blocks] = block;
+        const SharedSubBlock added = of_lane(block, from);
+        if (threadIdx.x % 32 == 0) pipeline.load(n).blocks[sub_blocks] = added;
         if (++sub_blocks < Traits::kSubBlocks) return;
         sub_blocks = 0;
-        __syncwarp();
         describe(index, unit.kv_head, -1);
         pipeline.wait_empty(pipeline.state.keys_empty, n);
         if (threadIdx.x % 32 == 0) {
