@@ -74,8 +74,8 @@ def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks
 def pays_to_share_blocks(group_size: int) -> bool:
     """Whether the forward attends query-outer to blocks that neighbouring queries share.
 
-    On an H100 at 65,536 tokens and blocks of 64 that takes 3 to 30 % off the forward from group 2 on, by selection (at
-    most 1 % with blocks of 128); at group 1, where a query tile has fewer rows for the same keys, it costs up to 4 %.
+    On an H200 at 65,536 tokens that takes 5 to 11 % off the forward of a random selection from group 4 on, a third of a
+    coherent one at group 16; at group 2, where a query tile has fewer rows for the same keys, it costs 6 %.
     """
     return group_size > 2
 
@@ -90,7 +90,7 @@ def sharing_run(group_size: int, block_size: int) -> tuple[int, int]:
 
     A run is as short as whole units of the shared stage allow: a unit multiplies all its rows with each of its blocks.
     Three eighths of a run must agree, and half of it on longer blocks, for which main has longer tiles and shared has
-    not. On an H200 a quarter takes between 1 % less (coherent selections) and 4 % more.
+    not. On an H200 a quarter takes 1 % more at group 4, 5 % at group 16 and a fifth with blocks of 128.
     """
     run = next((queries for queries in (8, 16, 32) if queries * group_size % _SHARED_ROWS == 0), _QUERY_TILE)
     return run, 3 * run // 8 if block_size == 64 else run // 2
