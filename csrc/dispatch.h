@@ -67,10 +67,6 @@ constexpr bool has_backward_sm90(int head_dim, int tile_k) {
     return head_dim <= 128 && tile_k == 64;
 }
 
-// The forward has a kernel for blocks that neighbours share, on sm_90a, for multiples of these: it takes 64 keys at a time, and
-// partials of two heads, since those of one may have 64 bytes where the copy engine writes 128.
-constexpr int kSharedKeys = 64, kSharedHeads = 2;
-
 // Whether there is a kernel for the scores of blocks of that many strides, on sm_90a, which has room for a few whole blocks in
 // a tile and reads four windows at a time.
 constexpr bool has_block_scores(int ratio) {

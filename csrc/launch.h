@@ -32,7 +32,8 @@ struct LaunchShape {
     int shared_bytes;  // dynamic
 };
 
-// Every kernel calls this before it touches global memory: it is launched while the one before is ending, and waits here.
+// Every kernel calls this before it touches global memory: it is launched while the one before is ending, and waits here. None
+// lets the next one come earlier (griddepcontrol.launch_dependents): CTAs that wait are in the way (docs/performance.md).
 __device__ __forceinline__ void await_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     griddepcontrol_wait();

@@ -91,6 +91,9 @@ struct PlanParams {
 // A query tile: this many neighbouring query tokens of a chunk, in runs. A block that enough queries of a run select is
 // shared by these: they attend to it query-outer, and main leaves no partials for it.
 constexpr int kQueryTile = 64;
+// There is a kernel for that, on sm_90a, for multiples of these: it takes 64 keys at a time, and partials of two heads, since
+// the copy engine writes to multiples of 128 bytes, and those of one head may have 64.
+constexpr int kSharedKeys = 64, kSharedHeads = 2;
 
 struct SharedBlocks {
     // [num_heads, num_tiles, max_blocks]: block, among those of all sequences; its sequence; queries 0 .. 31 of the tile

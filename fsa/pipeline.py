@@ -121,8 +121,8 @@ def _forward_chunks(
     per_item = workspace.edges_per_item(sizes, "forward", chunks[0].num_heads, chunks[0].num_queries, limit)
     num_ranges = workspace.query_ranges(sizes, "forward", chunks[0].num_queries)
     plans = stages.plan(problem, grid, per_item, num_ranges)
-    for chunk, plan, of_chunk in zip(chunks, plans, shared, strict=True):
-        _forward_chunk(problem, stages, chunk, plan, of_chunk, sizes, out, lse)
+    for chunk, plan, of_split in zip(chunks, plans, shared, strict=True):
+        _forward_chunk(problem, stages, chunk, plan, of_split, sizes, out, lse)
 
 
 def _split(

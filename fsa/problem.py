@@ -116,7 +116,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkGrid:
-    """Chunks whose selections are inverted together: all of one size, but for the last heads and the last queries."""
+    """Chunks that are split and planned together: all of one size, but for the last heads and the last queries."""
 
     head_begin: int
     head_end: int

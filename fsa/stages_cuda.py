@@ -11,7 +11,7 @@ from torch import Tensor
 from .backends import kernel_arch
 from .problem import Chunk, ChunkGrid, Plan, Problem
 from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
-from .workspace import of_chunk
+from .workspace import of_chunk, plan_buffers
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
@@ -94,7 +94,7 @@ def _plan(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 
 def shares_blocks(problem: Problem) -> bool:
-    """Whether the forward has its query-outer stages, split and shared.
+    """Whether the forward has the stages split and shared.
 
     They are there on sm_90a, for blocks of 64 keys and more and groups of an even number of heads.
     """
@@ -137,8 +137,15 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
     chunks = grid.chunks()
     largest, num_chunks = chunks[0], len(chunks)
     parts = plan_parts(num_chunks * largest.num_heads, largest.num_queries, num_ranges)
+
+    def shapes(chunk: Chunk) -> list[tuple[int, ...]]:
+        specs = plan_buffers(
+            chunk.num_heads, chunk.num_queries, problem.topk, problem.num_blocks, edges_per_item, num_ranges
+        )
+        return [spec.shape for spec in specs.values()]
+
     empty = problem.topk_idx.new_empty
-    together = [empty((num_chunks, *shape)) for shape in _plan_shapes(problem, largest, edges_per_item, num_ranges)]
+    together = [empty((num_chunks, *shape)) for shape in shapes(largest)]
     scratch = empty((num_chunks, plan_scratch(largest.num_heads, num_ranges, parts, problem.num_blocks)))
     _ops._plan(
         *_selection(problem),
@@ -152,19 +159,11 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
     )
     plans = []
     for i, chunk in enumerate(chunks):
-        shapes = _plan_shapes(problem, chunk, edges_per_item, num_ranges)
         csr_offsets, csr_edges, work_items, next_item = (
-            of_chunk(tensor, i, num_chunks, shape) for tensor, shape in zip(together, shapes, strict=True)
+            of_chunk(tensor, i, num_chunks, shape) for tensor, shape in zip(together, shapes(chunk), strict=True)
         )
         plans.append(Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item))
     return plans
-
-
-def _plan_shapes(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int) -> tuple[tuple[int, ...], ...]:
-    """Of the tensors of a `Plan`."""
-    num_edges = chunk.num_heads * chunk.num_queries * problem.topk
-    num_cells = chunk.num_heads * num_ranges * problem.num_blocks
-    return (num_cells + 1,), (num_edges,), (num_edges // edges_per_item + num_cells, 4), (1,)
 
 
 def forward_main(

@@ -88,7 +88,8 @@ def query_tiles(num_queries: int) -> int:
 def sharing_run(group_size: int, block_size: int) -> tuple[int, int]:
     """Queries of a run, which decides which blocks its queries share, and how many of these must select a block.
 
-    A run is as short as whole units of the shared stage allow: a unit multiplies all its rows with each of its blocks.
+    A run is as short as whole units of the shared stage allow (those up to head_dim 128): a unit multiplies all its
+    rows with each of its blocks.
     Three eighths of a run must agree, and half of it on longer blocks, for which main has longer tiles and shared has
     not. On an H200 a quarter takes 1 % more at group 4, 5 % at group 16 and a fifth with blocks of 128.
     """

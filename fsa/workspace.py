@@ -45,8 +45,8 @@ Pass = Literal["forward", "backward"]
 
 _DEFAULT_LIMIT = 1 << 30
 _INT32_END = 1 << 31
-# Plans of several chunks are made together, as far as they take limit / _PLANS_SHARE bytes at most: one chunk alone
-# leaves SMs without work.
+# Plans of several chunks are made together, since one chunk alone leaves SMs without work: as many as take, beside the
+# first, limit / _PLANS_SHARE bytes at most, which chunks leave free where that does not cut queries more finely.
 _PLANS_SHARE = 16
 # Queries of a chunk come in multiples of this where possible: plan parts and backward items are cut at 64 as well.
 _QUERY_STEP = 64
@@ -130,7 +130,7 @@ class Sizes:
     block_size: int
     dtype: torch.dtype  # of q, k and v
     num_sms: int
-    shares_blocks: bool = False  # the forward has query-outer stages
+    shares_blocks: bool = False  # the forward has the stages split and shared
 
     @classmethod
     def of(cls, problem: Problem, shares_blocks: bool = False) -> Sizes:
@@ -195,11 +195,11 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
 
 
 def plan_buffers(
-    sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int, num_ranges: int
+    num_heads: int, num_queries: int, topk: int, num_blocks: int, edges_per_item: int, num_ranges: int
 ) -> dict[str, Buffer]:
     """The tensors of a `Plan`."""
-    num_edges = num_heads * num_queries * sizes.topk
-    num_cells = num_heads * num_ranges * sizes.num_blocks
+    num_edges = num_heads * num_queries * topk
+    num_cells = num_heads * num_ranges * num_blocks
     return {
         "csr_offsets": Buffer((num_cells + 1,), torch.int32),
         "csr_edges": Buffer((num_edges,), torch.int32),
@@ -219,7 +219,7 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
-    """What the forward main stage hands to the reduce stage."""
+    """What the forward main stage hands to the last one, reduce or shared."""
     tile_k = forward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
     rows = (num_heads, num_queries, sizes.topk, subs, sizes.group_size)
@@ -241,7 +241,7 @@ def may_share_blocks(sizes: Sizes, limit: int) -> bool:
 
 
 def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> dict[str, Buffer]:
-    """What split hands to shared, the query-outer stages of the forward; of chunks one after the other."""
+    """What split hands to shared; of chunks one after the other."""
     num_heads *= num_chunks
     tiles = query_tiles(num_queries)
     return {
@@ -275,7 +275,7 @@ def planned_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, l
     """Bytes of what is made of a chunk's selection, before and by plan."""
     per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
     num_ranges = query_ranges(sizes, which, num_queries)
-    buffers = plan_buffers(sizes, num_heads, num_queries, per_item, num_ranges)
+    buffers = plan_buffers(num_heads, num_queries, sizes.topk, sizes.num_blocks, per_item, num_ranges)
     if which == "forward" and sizes.shares_blocks:
         buffers |= shared_buffers(sizes, num_heads, num_queries)
     scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
@@ -335,6 +335,8 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
         heads = ceil_div(all_heads, groups)
         if _fits(sizes, which, heads, all_queries, limit, budget - spare):
             return heads, all_queries
+    if _fits(sizes, which, 1, all_queries, limit, budget):
+        return 1, all_queries
 
     heads, few_queries = 1, min(_QUERY_STEP, all_queries)
     if which == "forward":
@@ -344,14 +346,15 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
     budget = _budget(sizes, which, limit, cuts_queries=True)
     if _fits(sizes, which, heads, few_queries, limit, budget - spare):
         budget -= spare
-    return heads, _query_step(sizes, which, heads, limit, budget)
+    return heads, min(_query_step(sizes, which, heads, limit, budget), all_queries)
 
 
 def chunks_together(sizes: Sizes, which: Pass, chunk_heads: int, chunk_queries: int, limit: int) -> int:
     """How many chunks of `cut` are planned together."""
     cuts_queries = chunk_queries < sizes.total_q
     chunks = ceil_div(sizes.total_q, chunk_queries) if cuts_queries else ceil_div(sizes.num_kv_heads, chunk_heads)
-    spare = _budget(sizes, which, limit, cuts_queries) - chunk_bytes(sizes, which, chunk_heads, chunk_queries, limit)
+    in_use = chunk_bytes(sizes, which, chunk_heads, chunk_queries, limit)
+    spare = max(0, _budget(sizes, which, limit, cuts_queries) - in_use)
     planned = planned_bytes(sizes, which, chunk_heads, chunk_queries, limit)
     return min(chunks, 1 + min(spare, limit // _PLANS_SHARE) // planned)
 

@@ -124,22 +124,25 @@ def cases(small: bool) -> list[Case]:
 def _cases_of_shapes(small: bool) -> list[Case]:
     n = 50 if small else 700
     block, dim = (32, 32) if small else (64, 64)
-    one_head = {"num_kv_heads": 1, "group_size": 1} if small else {}
+    # On a GPU groups whose forward shares blocks.
+    few_heads = {"num_kv_heads": 1, "group_size": 1} if small else {"group_size": 4}
     found = []
     for group_size in (1, 2, 3, 4, 7, 8, 16):
         name = f"group_size_{group_size}"
         found.append(Case(name, (n,), num_kv_heads=1, group_size=group_size, head_dim=dim, block_size=block))
     for head_dim in (8, 40, 64, 80, 96, 128, 192, 256):
-        found.append(Case(f"head_dim_{head_dim}", (n,), head_dim=head_dim, block_size=block, **one_head))
+        found.append(Case(f"head_dim_{head_dim}", (n,), head_dim=head_dim, block_size=block, **few_heads))
     for block_size in (32, 64, 128, 256):
         lengths = (block_size + 20,) if small else (n, block_size + 20)
-        found.append(Case(f"block_size_{block_size}", lengths, head_dim=dim, block_size=block_size, topk=3, **one_head))
+        found.append(
+            Case(f"block_size_{block_size}", lengths, head_dim=dim, block_size=block_size, topk=3, **few_heads)
+        )
     # The shape that models have, and the largest that kernels with tiles of 64 keys are made for.
     found.append(
         Case("model_shape", (150, 3), (150, 30), num_kv_heads=2, group_size=3, head_dim=128, topk=2, block_size=64)
     )
     for topk, length in ((1, n), (7, n), (16, n), (64, n if small else 2100)):
-        found.append(Case(f"topk_{topk}", (length,), head_dim=dim, topk=topk, **one_head))
+        found.append(Case(f"topk_{topk}", (length,), head_dim=dim, topk=topk, **few_heads))
     if not small:
         found.append(Case("topk_512", (n,), head_dim=dim, topk=512, select=repeated_blocks, num_kv_heads=1))
         found.append(Case("odd_everything", (900, 300), num_kv_heads=3, group_size=5, head_dim=72, block_size=128))
@@ -151,7 +154,9 @@ def _cases_of_contents(small: bool) -> list[Case]:
     block, dim = (32, 32) if small else (64, 64)
 
     def case(name: str, *lengths: tuple[int, ...], **options: Any) -> Case:
-        shape = {"block_size": block, "head_dim": dim, "num_kv_heads": 1 if small else 2}
+        shape = {"block_size": block, "head_dim": dim, "num_kv_heads": 1, "group_size": 2}
+        if not small:
+            shape |= {"num_kv_heads": 2, "group_size": 4}
         return Case(name, *lengths, **{**shape, **options})
 
     found = [

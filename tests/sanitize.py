@@ -50,7 +50,12 @@ MATRIX = [
 ]
 _SPECIAL = ("more_keys", "fewer_keys", "not_causal", "repeated_slots", "ids_out_of_range", "fused_qkv", "misaligned")
 _SPECIAL += ("tokens_outside_sequences", "nonfinite_next_sequence", "nan_seen_by_some_v", "expanded_gradients")
-MATRIX += [(case, None) for case in cases(small=True) if case.name in _SPECIAL]
+_SPECIAL_CASES = [case for case in cases(small=True) if case.name in _SPECIAL]
+MATRIX += [(case, None) for case in _SPECIAL_CASES]
+MATRIX += [
+    (dataclasses.replace(case, name=f"shared_{case.name}", group_size=4, block_size=64), None)
+    for case in _SPECIAL_CASES
+]
 
 
 def main() -> int:

@@ -19,10 +19,10 @@ from fsa.module import cudnn_compressed_attention
 
 pytestmark = pytest.mark.gpu
 # The same shapes with other values, other selections and other sequences.
-FIRST = Case("first", (500, 0, 300), head_dim=64, block_size=64, topk=8)
+FIRST = Case("first", (500, 0, 300), group_size=4, head_dim=64, block_size=64, topk=8)
 OTHERS = [
-    Case("other", (300, 200, 300), head_dim=64, block_size=64, topk=8),
-    Case("one_sequence", (1, 1, 798), head_dim=64, block_size=64, topk=8, num_kv_heads=2),
+    Case("other", (300, 200, 300), group_size=4, head_dim=64, block_size=64, topk=8),
+    Case("one_sequence", (1, 1, 798), group_size=4, head_dim=64, block_size=64, topk=8, num_kv_heads=2),
 ]
 FIELDS = ("q", "k", "v", "topk_idx", "cu_seqlens_q", "cu_seqlens_k", "dout", "dlse")
 T = TypeVar("T")

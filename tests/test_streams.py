@@ -9,7 +9,10 @@ from harness import DEVICE, MAIN_TARGETS, Target, assert_same_bits, run, skip_un
 from reference import Inputs, Results
 
 pytestmark = pytest.mark.gpu
-CASES = [Case(f"stream_{i}", (1500, 700 + i), num_kv_heads=4, head_dim=64, block_size=64, topk=8) for i in range(2)]
+CASES = [
+    Case(f"stream_{i}", (1500, 700 + i), num_kv_heads=4, group_size=4, head_dim=64, block_size=64, topk=8)
+    for i in range(2)
+]
 SOME_MILLISECONDS = 20_000_000  # clock cycles
 
 

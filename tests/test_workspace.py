@@ -118,6 +118,24 @@ def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pas
         assert_within_caps(sizes, which, limit, chunk, queries_are_cut, others=together - 1)
 
 
+def test_every_head_in_a_chunk_though_delta_takes_the_limit() -> None:
+    """What the queries are cut for then holds all of them."""
+    sizes = dataclasses.replace(
+        SMALL,
+        total_q=1 << 20,
+        total_k=1 << 20,
+        num_blocks=(1 << 14) + 1,
+        num_kv_heads=256,
+        group_size=1,
+        head_dim=64,
+        topk=1,
+        block_size=64,
+    )
+    assert sizes.delta_bytes == 1 << 30
+    chunks = plan_chunks(sizes, "backward", 1 << 30)
+    assert chunks == [Chunk(head, head + 1, 0, 1 << 20) for head in range(256)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(problem_sizes(), st.sampled_from(PASSES), st.integers(1, 1 << 24))
 def test_the_limit_that_the_error_names_is_enough(sizes: Sizes, which: Pass, limit: int) -> None:

@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("workspace_limit")
 MIB = 2**20
 
 CUT_CASE = (
-    Case("cut", (1400, 600), num_kv_heads=4, group_size=4, head_dim=64, block_size=64, topk=8)
+    Case("cut", (1400, 600), num_kv_heads=5, group_size=4, head_dim=64, block_size=64, topk=8)
     if HAS_GPU
-    else Case("cut", (200, 33), num_kv_heads=2, group_size=4, head_dim=8, block_size=64, topk=2)
+    else Case("cut", (200, 33), num_kv_heads=3, group_size=4, head_dim=8, block_size=64, topk=2)
 )
 # Limits under which it is cut, and shares blocks.
-CUT_LIMITS = {"heads": 14 * MIB, "queries": 4 * MIB} if HAS_GPU else {"heads": 56_000, "queries": 28_000}
+CUT_LIMITS = {"heads": 28 * MIB, "queries": 4 * MIB} if HAS_GPU else {"heads": 110_000, "queries": 30_000}
 
 
 def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:

@@ -20,5 +20,5 @@ __all__ = [
 
 
 def shares_blocks(problem: Problem) -> bool:
-    """Never: the query-outer stages of the forward, split and shared, are an optimisation of the CUDA backend."""
+    """Never: the stages split and shared of the forward are an optimisation of the CUDA backend."""
     return False

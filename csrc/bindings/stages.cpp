@@ -192,7 +192,6 @@ SharedBlocks shared_blocks_of(
     check_buffer(counts, "shared_counts", ScalarType::Int, {heads, num_tiles});
     check_buffer(scattered_counts, "scattered_counts", ScalarType::Int, {heads, g.num_queries});
     check_buffer(next, "shared_next", ScalarType::Int, {num_chunks});
-    STD_TORCH_CHECK(g.num_heads * num_tiles * g.group_size <= INT32_MAX, "too many query tiles");
     return {
         static_cast<int4*>(blocks.mutable_data_ptr()),
         static_cast<int32_t*>(counts.mutable_data_ptr()),

@@ -15,8 +15,8 @@ __device__ __forceinline__ float finite_shift(float maximum) {
     return maximum == -INFINITY ? 0.f : maximum;
 }
 
-// 1 / sum, or 0 for an empty row. NaN stays NaN; a row with keys has sum >= 1, far from where the approximation
-// flushes.
+// 1 / sum, or 0 for an empty row. NaN stays NaN; a row with keys has sum >= 1 (2^-19 in the shared stage), far from where the
+// approximation flushes.
 __device__ __forceinline__ float reciprocal_or_zero(float sum) {
     return sum == 0.f ? 0.f : reciprocal_approx(sum);
 }

@@ -37,6 +37,7 @@ struct UnitList {
                   last = make_unit_row(g, unit, Traits::kRows - 1).query_in_chunk;
         const int32_t* counts = p.shared.scattered_counts + static_cast<int64_t>(unit.head) * g.num_queries;
         scattered = max(__ldg(counts + min(first + lane, last)), __ldg(counts + min(first + lane + 32, last)));
+        if (!make_unit_row(g, unit, 0).exists()) scattered = 0;
         static_assert(kQueryTile <= 64, "two queries a lane");
     }
 };
@@ -151,7 +152,7 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
             static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(list.scattered))) * g.subs;
         for (int first = 0; first < num_partials; first += kPartialsALoad) loads.announce(index, first);
 
-        const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
+        const TileQueries own_queries = queries_of_unit<Traits>(g, unit);
         const int end = list.num_blocks * subs;
         for (int first = 0; first < end; first += 32) {
             const int i = first + lane;

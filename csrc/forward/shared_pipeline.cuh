@@ -5,6 +5,7 @@
 
 #include "device/ptx.cuh"
 #include "device/tma.cuh"
+#include "device/wgmma.cuh"
 #include "forward/shared_units.cuh"
 
 namespace fsa {

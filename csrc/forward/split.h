@@ -1,5 +1,5 @@
-// Stage split of the forward: which of a query's slots go query-outer, because their block is shared by many queries of
-// its tile, and which are left to main.
+// Stage split of the forward: which of a query's slots go query-outer, because neighbouring queries share their block,
+// and which are left to main.
 #pragma once
 
 #include <cuda_runtime.h>
