@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import workspace
-from .problem import Chunk, ChunkGrid, Plan, Problem
+from .problem import ChunkGrid, Problem
 from .tiling import sharing_run
-from .workspace import Buffer, Sizes
+from .workspace import Sizes
 
 
 def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,12 @@ def _forward_chunks(
     num_ranges = workspace.query_ranges(sizes, "forward", chunks[0].num_queries)
     plans = stages.plan(problem, grid, per_item, num_ranges)
     for chunk, plan, of_split in zip(chunks, plans, shared, strict=True):
-        _forward_chunk(problem, stages, chunk, plan, of_split, sizes, out, lse)
+        specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
+        buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+        stages.forward_main(problem, chunk, plan, **buffers)
+        last_stage = stages.forward_shared if of_split else stages.forward_reduce
+        last_stage(problem, chunk, **of_split, **buffers, out=out, lse=lse)
+        del buffers  # before the next chunk gets its own
 
 
 def _split(
@@ -141,23 +146,6 @@ def _split(
         }
         for i, chunk in enumerate(chunks)
     ]
-
-
-def _forward_chunk(
-    problem: Problem,
-    stages: ModuleType,
-    chunk: Chunk,
-    plan: Plan,
-    shared: dict[str, Tensor],
-    sizes: Sizes,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
-    buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
-    stages.forward_main(problem, chunk, plan, **buffers)
-    last_stage = stages.forward_shared if shared else stages.forward_reduce
-    last_stage(problem, chunk, **shared, **buffers, out=out, lse=lse)
 
 
 def _backward_chunks(
@@ -180,25 +168,8 @@ def _backward_chunks(
     for chunk, plan in zip(chunks, stages.plan(problem, grid, per_item), strict=True):
         heads = slice(chunk.head_begin - grid.head_begin, chunk.head_end - grid.head_begin)
         specs = workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
-        _backward_chunk(
-            problem, stages, chunk, plan, specs, dout, lse, delta, dq, dk[:, heads], dv[:, heads], accumulate
-        )
-
-
-def _backward_chunk(
-    problem: Problem,
-    stages: ModuleType,
-    chunk: Chunk,
-    plan: Plan,
-    specs: dict[str, Buffer],
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    accumulate: bool,
-) -> None:
-    dq_partial, dkv_pieces = (specs[name].empty(problem.q.device) for name in ("dq_partial", "dkv_pieces"))
-    stages.backward_main(problem, chunk, plan, dout, lse, delta, dq_partial, dk, dv, dkv_pieces, accumulate)
-    stages.backward_reduce(problem, chunk, plan, dq_partial, dkv_pieces, dq, dk, dv, accumulate)
+        dq_partial, dkv_pieces = (specs[name].empty(problem.q.device) for name in ("dq_partial", "dkv_pieces"))
+        gradients = dk[:, heads], dv[:, heads]
+        stages.backward_main(problem, chunk, plan, dout, lse, delta, dq_partial, *gradients, dkv_pieces, accumulate)
+        stages.backward_reduce(problem, chunk, plan, dq_partial, dkv_pieces, dq, *gradients, accumulate)
+        del dq_partial, dkv_pieces  # before the next chunk gets its own

@@ -1,4 +1,5 @@
-// Walking the slots of rows (query, head): what both reduce stages share, and the shared stage has of it. A row has kLanes lanes, each on 8 columns.
+// Walking the slots of rows (query, head): what the stages share that merge partials. In reduce a row has kLanes lanes, each on 8
+// columns.
 //
 // Reduce lives from the bytes that are on their way, so no load waits that need not: the partials of a row are taken
 // in batches, all loads of a batch go out together, knowing no more than its block ids, and these were asked for a
@@ -60,20 +61,19 @@ struct SlotRow {
 };
 
 // head: counted from the chunk's first
-__device__ __forceinline__ SlotRow make_slot_row(const Geometry& g, int head, int token) {
+__device__ __forceinline__ SlotRow make_slot_row(const Geometry& g, int head, int token, int first_partial) {
     const int sequence = sequence_of_query(g.sequences, token);
     SlotRow r;
     r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
     r.first_cell = head * g.num_blocks + first_block(g.sequences, sequence, g.block_size);
-    r.first_partial = -1;  // the caller's
+    r.first_partial = first_partial;
     return r;
 }
 
 __device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
     const RowPosition position = position_of_row(g, row);
-    SlotRow r = make_slot_row(g, position.head, g.query_begin + position.query);
-    r.first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
-    return r;
+    const int first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
+    return make_slot_row(g, position.head, g.query_begin + position.query, first_partial);
 }
 
 // The block that partial i of a row belongs to, -1 behind the last.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/slots.cuh"
+#include "device/wgmma.cuh"
 #include "forward/shared_pipeline.cuh"
 #include "forward/shared_softmax.cuh"
 #include "forward/shared_units.cuh"
@@ -44,7 +45,7 @@ __device__ __forceinline__ unsigned fetch_partial_scales(
         const UnitRow row = make_unit_row(g, unit, r.row);
         const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
         const int block_id = r.slot < g.topk ? __ldg(p.topk_idx + query * g.topk + r.slot) : -1;
-        const SlotRow slots = make_slot_row(g, unit.head, row.query);
+        const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
         const bool exists = row.exists() && partial_exists(g, slots, block_id, r.partial);
         PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
         if (!exists) {
