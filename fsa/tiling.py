@@ -40,11 +40,12 @@ def backward_tile_k(head_dim: int, block_size: int) -> int:
 
 
 def forward_edges_per_item(group_size: int, tile_k: int) -> int:
-    """Edges of a forward work item: about 8 query rows a key (512 at least).
+    """Edges of a forward work item: about 16 query rows a key (512 at least).
 
-    Longer items leave SMs idle at the end, shorter ones load K and V more often.
+    Longer items leave SMs idle at the end, shorter ones load K and V more often. On an H200 half of it takes 2 to 5 %
+    longer, with blocks of 64 and of 128.
     """
-    return max(64, round_up(ceil_div(max(8 * tile_k, 512), group_size), 64))
+    return max(64, round_up(ceil_div(max(16 * tile_k, 512), group_size), 64))
 
 
 def backward_edges_per_item(num_edges: int, num_heads: int, num_sms: int, max_pieces: int | None = None) -> int:

@@ -301,8 +301,9 @@ def chunk_grids(sizes: Sizes, which: Pass, limit: int) -> tuple[ChunkGrid, ...]:
     """Chunks that cover all (KV head, query token) pairs once, heads outside, within the bound of this module.
 
     All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: of
-    all heads together in the forward; of one head at a time in the backward, where every cut adds to the accumulators
-    of its heads once more. Those of a grid have the same heads, or all queries.
+    all heads together in the forward, where that is done also if it makes fewer chunks; of one head at a time in the
+    backward, where every cut adds to the accumulators of its heads once more. Those of a grid have the same heads, or
+    all queries.
 
     Raises:
         RuntimeError: not even one query of one KV head fits; says the limit that it takes.
@@ -327,26 +328,40 @@ def chunk_grids(sizes: Sizes, which: Pass, limit: int) -> tuple[ChunkGrid, ...]:
 
 def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
     """How many KV heads and how many queries a chunk has."""
-    all_heads, all_queries, spare = sizes.num_kv_heads, sizes.total_q, limit // _PLANS_SHARE
-    budget = _budget(sizes, which, limit, cuts_queries=False)
-    if _fits(sizes, which, all_heads, all_queries, limit, budget):
+    all_heads, all_queries = sizes.num_kv_heads, sizes.total_q
+    if _fits(sizes, which, all_heads, all_queries, limit, _budget(sizes, which, limit, cuts_queries=False)):
         return all_heads, all_queries
-    for groups in range(2, all_heads + 1):
-        heads = ceil_div(all_heads, groups)
-        if _fits(sizes, which, heads, all_queries, limit, budget - spare):
-            return heads, all_queries
-    if _fits(sizes, which, 1, all_queries, limit, budget):
-        return 1, all_queries
+    heads = _whole_heads(sizes, which, limit)
+    if heads is None:
+        return _cut_queries(sizes, which, limit)
+    if which == "backward":
+        return heads, all_queries
+    some_heads, queries = _cut_queries(sizes, which, limit)
+    fewer = ceil_div(all_heads, some_heads) * ceil_div(all_queries, queries) < ceil_div(all_heads, heads)
+    return (some_heads, queries) if fewer else (heads, all_queries)
 
-    heads, few_queries = 1, min(_QUERY_STEP, all_queries)
+
+def _whole_heads(sizes: Sizes, which: Pass, limit: int) -> int | None:
+    """How many KV heads a chunk of all queries has; None if not even one fits."""
+    budget = _budget(sizes, which, limit, cuts_queries=False)
+    for groups in range(2, sizes.num_kv_heads + 1):
+        heads = ceil_div(sizes.num_kv_heads, groups)
+        if _fits(sizes, which, heads, sizes.total_q, limit, budget - limit // _PLANS_SHARE):
+            return heads
+    return 1 if _fits(sizes, which, 1, sizes.total_q, limit, budget) else None
+
+
+def _cut_queries(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
+    """How many KV heads and queries a chunk of some queries has."""
+    heads, few_queries = 1, min(_QUERY_STEP, sizes.total_q)
     if which == "forward":
-        heads = all_heads
+        heads = sizes.num_kv_heads
         while heads > 1 and not _fits(sizes, which, heads, few_queries, limit, limit // 4):
             heads = ceil_div(heads, 2)
-    budget = _budget(sizes, which, limit, cuts_queries=True)
+    budget, spare = _budget(sizes, which, limit, cuts_queries=True), limit // _PLANS_SHARE
     if _fits(sizes, which, heads, few_queries, limit, budget - spare):
         budget -= spare
-    return heads, min(_query_step(sizes, which, heads, limit, budget), all_queries)
+    return heads, min(_query_step(sizes, which, heads, limit, budget), sizes.total_q)
 
 
 def chunks_together(sizes: Sizes, which: Pass, chunk_heads: int, chunk_queries: int, limit: int) -> int:

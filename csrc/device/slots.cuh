@@ -52,28 +52,30 @@ __device__ __forceinline__ RowPosition position_of_row(const Geometry& g, int ro
     return r;
 }
 
-// What decides which partials a row has, and where they are. Partial i = 0 .. topk * subs - 1 of a row is sub-block
+// What decides which partials the rows of a query and KV head have. Partial i = 0 .. topk * subs - 1 of a row is sub-block
 // i % subs of slot i / subs.
-struct SlotRow {
-    int last_key;       // last key the query sees, counted from the start of its sequence; negative: none
-    int first_cell;     // cell of block 0 of the sequence
+struct QuerySlots {
+    int last_key;    // last key the query sees, counted from the start of its sequence; negative: none
+    int first_cell;  // cell of block 0 of the sequence
+};
+
+// Those of a row, and where they are.
+struct SlotRow : QuerySlots {
     int first_partial;  // partial 0 in [num_heads, num_queries, topk, subs, group_size]; they are group_size apart
 };
 
 // head: counted from the chunk's first
-__device__ __forceinline__ SlotRow make_slot_row(const Geometry& g, int head, int token, int first_partial) {
+__device__ __forceinline__ QuerySlots make_query_slots(const Geometry& g, int head, int token) {
     const int sequence = sequence_of_query(g.sequences, token);
-    SlotRow r;
-    r.last_key = last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal);
-    r.first_cell = head * g.num_blocks + first_block(g.sequences, sequence, g.block_size);
-    r.first_partial = first_partial;
-    return r;
+    return {
+        last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal),
+        head * g.num_blocks + first_block(g.sequences, sequence, g.block_size)};
 }
 
 __device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
     const RowPosition position = position_of_row(g, row);
     const int first_partial = (row - position.group_head) * g.topk * g.subs + position.group_head;
-    return make_slot_row(g, position.head, g.query_begin + position.query, first_partial);
+    return {make_query_slots(g, position.head, g.query_begin + position.query), first_partial};
 }
 
 // The block that partial i of a row belongs to, -1 behind the last.
@@ -84,8 +86,8 @@ __device__ __forceinline__ int load_block_id(const Geometry& g, const int32_t* t
     return __ldg(topk_idx + token * g.topk + g.by_subs.quotient(i));
 }
 
-// Whether main wrote partial i of a row.
-__device__ __forceinline__ bool partial_exists(const Geometry& g, const SlotRow& r, int block_id, int i) {
+// Whether main wrote partial i of the rows.
+__device__ __forceinline__ bool partial_exists(const Geometry& g, const QuerySlots& r, int block_id, int i) {
     const int sub = i - g.by_subs.quotient(i) * g.subs;
     return slot_attends(block_id, g.block_size, sub * g.by_subs.quotient(g.block_size), r.last_key);
 }

@@ -37,6 +37,7 @@ struct UnitList {
                   last = make_unit_row(g, unit, Traits::kRows - 1).query_in_chunk;
         const int32_t* counts = p.shared.scattered_counts + static_cast<int64_t>(unit.head) * g.num_queries;
         scattered = max(__ldg(counts + min(first + lane, last)), __ldg(counts + min(first + lane + 32, last)));
+        if (!make_unit_row(g, unit, 0).exists()) scattered = 0;
         static_assert(kQueryTile <= 64, "two queries a lane");
     }
 };
@@ -56,6 +57,13 @@ __device__ __forceinline__ void load_sub_blocks(
         }
 }
 
+__device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
+    for (int* x : {&block.key_token, &block.num_keys, &block.visible_offset, &block.visible_end})
+        *x = __shfl_sync(~0u, *x, lane);
+    for (uint32_t& bits : block.queries.bits) bits = __shfl_sync(~0u, bits, lane);
+    return block;
+}
+
 // Starts the loads of a CTA, one after the other, K of each before V of the one before: it is needed first. A warp.
 template <typename Traits>
 struct LoadStarter {
@@ -65,12 +73,13 @@ struct LoadStarter {
     int sub_blocks = 0;           // of the next load, described so far
     bool values_missing = false;  // V of the load before is not started
 
-    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete.
+    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete. Lane 0 writes it, which
+    // arrives for the warp: racecheck sees no other order.
     __device__ __forceinline__ void add(const Unit& unit, int index, const SharedSubBlock& block, int from) {
-        if (static_cast<int>(threadIdx.x) % 32 == from) pipeline.load(n).blocks[sub_blocks] = block;
+        const SharedSubBlock added = of_lane(block, from);
+        if (threadIdx.x % 32 == 0) pipeline.load(n).blocks[sub_blocks] = added;
         if (++sub_blocks < Traits::kSubBlocks) return;
         sub_blocks = 0;
-        __syncwarp();
         describe(index, unit.kv_head, -1);
         pipeline.wait_empty(pipeline.state.keys_empty, n);
         if (threadIdx.x % 32 == 0) {
@@ -143,7 +152,7 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
             static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(list.scattered))) * g.subs;
         for (int first = 0; first < num_partials; first += kPartialsALoad) loads.announce(index, first);
 
-        const TileQueries own_queries = queries_of_rows(g, unit, 0, Traits::kRows);
+        const TileQueries own_queries = queries_of_unit<Traits>(g, unit);
         const int end = list.num_blocks * subs;
         for (int first = 0; first < end; first += 32) {
             const int i = first + lane;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "device/slots.cuh"
-#include "device/wgmma.cuh"
 #include "forward/shared_pipeline.cuh"
 #include "forward/shared_softmax.cuh"
 #include "forward/shared_units.cuh"
@@ -45,7 +44,7 @@ __device__ __forceinline__ unsigned fetch_partial_scales(
         const UnitRow row = make_unit_row(g, unit, r.row);
         const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
         const int block_id = r.slot < g.topk ? __ldg(p.topk_idx + query * g.topk + r.slot) : -1;
-        const SlotRow slots = make_slot_row(g, unit.head, row.query, row.partial_row);
+        const QuerySlots slots = make_query_slots(g, unit.head, row.query);
         const bool exists = row.exists() && partial_exists(g, slots, block_id, r.partial);
         PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
         if (!exists) {
@@ -65,8 +64,8 @@ __device__ __forceinline__ unsigned fetch_partial_scales(
 }
 
 // Has the copy engine bring the partials of load n, whose scales have been requested, once its buffers are free; values_full is
-// told to expect their bytes. Those of some neighbouring queries come at once where all of them have one: the engine's time is
-// by the box.
+// told to expect their bytes. Those of some neighbouring queries come at once where most of them have one: the engine's time is
+// by the box. What comes along for the others, main did not write; add_partial does not look at it.
 template <typename Traits>
 __device__ __forceinline__ void copy_partials(
     const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first, unsigned existing) {
@@ -78,7 +77,7 @@ __device__ __forceinline__ void copy_partials(
     for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
         const bool exists = existing >> step & 1;
         const unsigned of_box = __ballot_sync(~0u, exists) >> (lane & -box_queries);
-        const bool wide = ((of_box + 1) & ((1u << box_queries) - 1)) == 0;
+        const bool wide = 2 * __popc(of_box & ((1u << box_queries) - 1)) > box_queries;
         if (!(wide ? lane % box_queries == 0 : exists)) return;
         const UnitRow row = make_unit_row(g, unit, r.row);
         const TensorMap& map = wide ? p.wide_partial_map : p.partial_map;

@@ -17,7 +17,8 @@ struct Unit {
 
 template <typename Traits>
 __device__ __forceinline__ int units_a_tile(const Geometry& g) {
-    return (kQueryTile * g.group_size - 1) / Traits::kRows + 1;
+    static_assert(kQueryTile * kSharedHeads % Traits::kRows == 0, "a tile is whole units");
+    return kQueryTile * g.group_size / Traits::kRows;
 }
 
 // Units are numbered by tile, then KV head: the first tiles, which see few blocks and share all, are spread over the CTAs.
@@ -41,18 +42,15 @@ struct TileQueries {
     }
 };
 
-// Those of the unit's rows from `first` on, `count` of them.
-__device__ __forceinline__ TileQueries queries_of_rows(const Geometry& g, const Unit& unit, int first, int count) {
-    const int first_query = g.by_group_size.quotient(unit.first_row + first);
-    if (first_query >= kQueryTile) return {{0, 0}};
-    const int last_query =
-        min(static_cast<int>(g.by_group_size.quotient(unit.first_row + first + count - 1)), kQueryTile - 1);
+template <typename Traits>
+__device__ __forceinline__ TileQueries queries_of_unit(const Geometry& g, const Unit& unit) {
+    const int first_query = g.by_group_size.quotient(unit.first_row),
+              last_query = g.by_group_size.quotient(unit.first_row + Traits::kRows - 1);
     const uint64_t queries = ~uint64_t{0} >> (kQueryTile - 1 - (last_query - first_query)) << first_query;
     return {{static_cast<uint32_t>(queries), static_cast<uint32_t>(queries >> 32)}};
 }
 
-// A row of a unit. Rows behind the tile's last one, or the chunk's last query, are rows of some query of the chunk, and do not
-// exist. No key is visible yet.
+// A row of a unit. Rows behind the chunk's last query are rows of that one, and do not exist. No key is visible yet.
 struct UnitRow : QueryRow {  // partial_row: the row's first partial; the next is group_size rows behind it
     int query_in_tile;
     int query_in_chunk;
@@ -63,15 +61,14 @@ struct UnitRow : QueryRow {  // partial_row: the row's first partial; the next i
 };
 
 __device__ __forceinline__ UnitRow make_unit_row(const Geometry& g, const Unit& unit, int row) {
-    const int tile_row = unit.first_row + row, query_in_tile = g.by_group_size.quotient(tile_row);
+    const int tile_row = unit.first_row + row;
     UnitRow r;
-    r.query_in_tile = min(query_in_tile, kQueryTile - 1);
+    r.query_in_tile = g.by_group_size.quotient(tile_row);
     const int query = unit.tile * kQueryTile + r.query_in_tile;
     r.query_in_chunk = min(query, g.num_queries - 1);
     r.query = g.query_begin + r.query_in_chunk;
-    r.group_head = tile_row - query_in_tile * g.group_size;
-    const bool exists = query_in_tile < kQueryTile && query < g.num_queries;
-    r.partial_row = exists ? query * g.topk * g.subs * g.group_size + r.group_head : -1;
+    r.group_head = tile_row - r.query_in_tile * g.group_size;
+    r.partial_row = query < g.num_queries ? query * g.topk * g.subs * g.group_size + r.group_head : -1;
     r.last_visible = -1;
     return r;
 }

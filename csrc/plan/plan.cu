@@ -44,7 +44,7 @@ __device__ __forceinline__ PlanParams params_of_chunk(const PlanParams& chunks, 
     const int64_t ranges = first.num_heads * chunks.num_ranges, cells = ranges * first.num_blocks;
     PlanParams p = chunks;
     p.geometry = geometry_of_chunk(first, chunks.grid, chunk);
-    p.group_sums += chunk * ranges * ((first.num_blocks + kPlanGroup - 1) / kPlanGroup);
+    p.group_sums += chunk * ranges * ((first.num_blocks - 1) / kPlanGroup + 1);
     p.counts += chunk * cells * p.parts;
     p.cell_edges += chunk * cells;
     p.csr_offsets += chunk * (cells + 1);
@@ -254,7 +254,7 @@ __device__ __forceinline__ PrefixSum cta_prefix_sum(const EdgesAndItems& value, 
 // What stands before each of a window's cells, [window + 1], in shared memory.
 __device__ __forceinline__ void load_offsets(
     EdgesAndItems* offsets, EdgesAndItems* sums, const PlanParams& p, const Share& share) {
-    const int groups_a_range = (p.geometry.num_blocks + kPlanGroup - 1) / kPlanGroup;
+    const int groups_a_range = (p.geometry.num_blocks - 1) / kPlanGroup + 1;
     const int first_group = blockIdx.y * groups_a_range + share.window_begin / kPlanGroup;
     EdgesAndItems earlier = {0, 0};
     for (int i = threadIdx.x; i < first_group; i += kThreads) earlier = earlier + p.group_sums[i];
