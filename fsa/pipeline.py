@@ -113,7 +113,7 @@ def _forward_chunks(
     lse: Tensor,
 ) -> None:
     """The stages of some chunks; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
-    chunks = grid.chunks()
+    chunks = grid.chunks
     shared: list[dict[str, Tensor]] = [{} for _ in chunks]
     if scattered_idx is not None:
         shared = _split(problem, stages, grid, sizes, scattered_idx)
@@ -134,18 +134,14 @@ def _split(
     problem: Problem, stages: ModuleType, grid: ChunkGrid, sizes: Sizes, scattered_idx: Tensor
 ) -> list[dict[str, Tensor]]:
     """What forward_split hands to forward_shared, by chunk; the rest of the selection is left in `scattered_idx`."""
-    chunks = grid.chunks()
-    specs = workspace.shared_buffers(sizes, chunks[0].num_heads, chunks[0].num_queries, len(chunks))
-    together = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+    chunks = grid.chunks
+    specs = [workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in chunks]
+    all_specs = workspace.shared_buffers(sizes, chunks[0].num_heads, chunks[0].num_queries, len(chunks))
+    together = {name: spec.empty(problem.q.device) for name, spec in all_specs.items()}
     run = sharing_run(problem.group_size, problem.block_size)
     stages.forward_split(problem, grid, *run, scattered_idx, **together)
-    return [
-        {
-            name: workspace.of_chunk(together[name], i, len(chunks), spec.shape)
-            for name, spec in workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries).items()
-        }
-        for i, chunk in enumerate(chunks)
-    ]
+    buffers = [workspace.by_chunk(tensor, [s[name].shape for s in specs]) for name, tensor in together.items()]
+    return [dict(zip(together, of_chunk, strict=True)) for of_chunk in zip(*buffers, strict=True)]
 
 
 def _backward_chunks(
@@ -163,7 +159,7 @@ def _backward_chunks(
     accumulate: bool,
 ) -> None:
     """The stages of some chunks; `dk` and `dv` have the heads of all of them."""
-    chunks = grid.chunks()
+    chunks = grid.chunks
     per_item = workspace.edges_per_item(sizes, "backward", chunks[0].num_heads, chunks[0].num_queries, limit)
     for chunk, plan in zip(chunks, stages.plan(problem, grid, per_item), strict=True):
         heads = slice(chunk.head_begin - grid.head_begin, chunk.head_end - grid.head_begin)

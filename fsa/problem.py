@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,9 +126,10 @@ class ChunkGrid:
     chunk_heads: int
     chunk_queries: int
 
-    def chunks(self) -> list[Chunk]:
+    @functools.cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
         """The chunks, heads outside, queries inside; the first is the largest."""
-        return [
+        return tuple(
             Chunk(
                 head,
                 min(head + self.chunk_heads, self.head_end),
@@ -136,7 +138,7 @@ class ChunkGrid:
             )
             for head in range(self.head_begin, self.head_end, self.chunk_heads)
             for query in range(self.query_begin, self.query_end, self.chunk_queries)
-        ]
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .backends import kernel_arch
 from .problem import Chunk, ChunkGrid, Plan, Problem
 from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
-from .workspace import of_chunk, plan_buffers
+from .workspace import by_chunk, plan_buffers
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
@@ -134,18 +134,16 @@ def forward_split(
 
 def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
     """Invert each chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items."""
-    chunks = grid.chunks()
+    chunks = grid.chunks
     largest, num_chunks = chunks[0], len(chunks)
     parts = plan_parts(num_chunks * largest.num_heads, largest.num_queries, num_ranges)
-
-    def shapes(chunk: Chunk) -> list[tuple[int, ...]]:
-        specs = plan_buffers(
-            chunk.num_heads, chunk.num_queries, problem.topk, problem.num_blocks, edges_per_item, num_ranges
-        )
-        return [spec.shape for spec in specs.values()]
-
+    specs = [
+        plan_buffers(chunk.num_heads, chunk.num_queries, problem.topk, problem.num_blocks, edges_per_item, num_ranges)
+        for chunk in chunks
+    ]
+    shapes = {name: [spec[name].shape for spec in specs] for name in specs[0]}
     empty = problem.topk_idx.new_empty
-    together = [empty((num_chunks, *shape)) for shape in shapes(largest)]
+    together = {name: empty((num_chunks, *of_chunks[0])) for name, of_chunks in shapes.items()}
     scratch = empty((num_chunks, plan_scratch(largest.num_heads, num_ranges, parts, problem.num_blocks)))
     _ops._plan(
         *_selection(problem),
@@ -154,16 +152,14 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
         edges_per_item,
         num_ranges,
         parts,
-        *together,
+        *together.values(),
         scratch,
     )
-    plans = []
-    for i, chunk in enumerate(chunks):
-        csr_offsets, csr_edges, work_items, next_item = (
-            of_chunk(tensor, i, num_chunks, shape) for tensor, shape in zip(together, shapes(chunk), strict=True)
-        )
-        plans.append(Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item))
-    return plans
+    buffers = (by_chunk(tensor, shapes[name]) for name, tensor in together.items())
+    return [
+        Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item)
+        for csr_offsets, csr_edges, work_items, next_item in zip(*buffers, strict=True)
+    ]
 
 
 def forward_main(

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,9 +195,13 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
     )
 
 
+Buffers = Mapping[str, Buffer]  # cached, so nobody changes it
+
+
+@functools.lru_cache(maxsize=1024)
 def plan_buffers(
     num_heads: int, num_queries: int, topk: int, num_blocks: int, edges_per_item: int, num_ranges: int
-) -> dict[str, Buffer]:
+) -> Buffers:
     """The tensors of a `Plan`."""
     num_edges = num_heads * num_queries * topk
     num_cells = num_heads * num_ranges * num_blocks
@@ -218,7 +223,8 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> dict[str, Buffer]:
+@functools.lru_cache(maxsize=1024)
+def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> Buffers:
     """What the forward main stage hands to the last one, reduce or shared."""
     tile_k = forward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
@@ -240,7 +246,8 @@ def may_share_blocks(sizes: Sizes, limit: int) -> bool:
     )
 
 
-def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> dict[str, Buffer]:
+@functools.lru_cache(maxsize=1024)
+def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> Buffers:
     """What split hands to shared; of chunks one after the other."""
     num_heads *= num_chunks
     tiles = query_tiles(num_queries)
@@ -254,7 +261,8 @@ def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: i
     }
 
 
-def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> dict[str, Buffer]:
+@functools.lru_cache(maxsize=1024)
+def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> Buffers:
     """What the backward main stage hands to the reduce stage."""
     tile_k = backward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
@@ -265,21 +273,24 @@ def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_i
     }
 
 
-def of_chunk(together: torch.Tensor, index: int, num_chunks: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """What a chunk has of a tensor with room for `num_chunks` as large as the first, one after the other."""
-    room = together.numel() // num_chunks
-    return together.view(-1).narrow(0, index * room, math.prod(shape)).view(shape)
+def by_chunk(together: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """What each chunk has, of the shape given, of a tensor with room for as many as large as the first."""
+    parts = together.view(len(shapes), *shapes[0]).unbind()
+    return [
+        part if shape == shapes[0] else part.view(-1).narrow(0, 0, math.prod(shape)).view(shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def planned_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
     """Bytes of what is made of a chunk's selection, before and by plan."""
     per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
     num_ranges = query_ranges(sizes, which, num_queries)
-    buffers = plan_buffers(num_heads, num_queries, sizes.topk, sizes.num_blocks, per_item, num_ranges)
+    size = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
+    size += _bytes_of(plan_buffers(num_heads, num_queries, sizes.topk, sizes.num_blocks, per_item, num_ranges))
     if which == "forward" and sizes.shares_blocks:
-        buffers |= shared_buffers(sizes, num_heads, num_queries)
-    scratch = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
-    return scratch + sum(buffer.bytes for buffer in buffers.values())
+        size += _bytes_of(shared_buffers(sizes, num_heads, num_queries))
+    return size
 
 
 def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
@@ -289,8 +300,11 @@ def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, lim
     else:
         per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
         buffers = backward_buffers(sizes, num_heads, num_queries, per_item)
-    planned = planned_bytes(sizes, which, num_heads, num_queries, limit)
-    return planned + sum(buffer.bytes for buffer in buffers.values())
+    return planned_bytes(sizes, which, num_heads, num_queries, limit) + _bytes_of(buffers)
+
+
+def _bytes_of(buffers: Buffers) -> int:
+    return sum(buffer.bytes for buffer in buffers.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,20 +113,20 @@ def test_split_of_several_chunks(stages: ModuleType) -> None:
     """The last heads and the last queries are fewer; every chunk begins a query tile."""
     case = Case("together", (130, 100), (130, 120), 5, 2, 8, 4, 64)
     problem, grid = make_problem(case, torch.float16), ChunkGrid(0, 5, 0, 230, chunk_heads=2, chunk_queries=90)
-    chunks, sizes = grid.chunks(), workspace.Sizes.of(problem, shares_blocks=True)
+    chunks, sizes = grid.chunks, workspace.Sizes.of(problem, shares_blocks=True)
     scattered = torch.full_like(problem.topk_idx, POISON)
     together = poisoned(workspace.shared_buffers(sizes, 2, 90, len(chunks)))
     most = QUERY_TILE * problem.topk // QUARTER_OF_A_TILE[1]
     together["shared_blocks"] = together["shared_blocks"].new_full((18, 2, most, 4), POISON)
     stages.forward_split(problem, grid, *QUARTER_OF_A_TILE, scattered, **together)
+    specs = [workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in chunks]
+    shapes = {name: [spec[name].shape for spec in specs] for name in together}
+    shapes["shared_blocks"] = [(*shape, most, 4) for shape in shapes["shared_counts"]]
+    buffers = {name: workspace.by_chunk(tensor, shapes[name]) for name, tensor in together.items()}
     for i, chunk in enumerate(chunks):
-        shapes = {
-            name: x.shape for name, x in workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries).items()
-        }
-        shapes["shared_blocks"] = torch.Size((*shapes["shared_counts"], most, 4))
-        buffers = {name: workspace.of_chunk(x, i, len(chunks), shapes[name]) for name, x in together.items()}
         mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
-        assert_split((mine, buffers), stage_reference.split(problem, chunk, *QUARTER_OF_A_TILE))
+        of_chunk = {name: parts[i] for name, parts in buffers.items()}
+        assert_split((mine, of_chunk), stage_reference.split(problem, chunk, *QUARTER_OF_A_TILE))
 
 
 def test_split_of_more_blocks_than_its_tables_hold(stages: ModuleType) -> None:

@@ -53,7 +53,7 @@ def test_chunks_that_are_planned_together(backend: str, num_ranges: int) -> None
     case = Case("together", (70, 60), (70, 80), 5, 1, 8, 3, 32)
     stages, problem = load_stages(backend), make_problem(case, torch.float16)
     grid = ChunkGrid(0, 5, 3, 127, chunk_heads=2, chunk_queries=50)
-    chunks, plans = grid.chunks(), stages.plan(problem, grid, 64, num_ranges)
+    chunks, plans = grid.chunks, stages.plan(problem, grid, 64, num_ranges)
     assert [chunk.num_heads for chunk in chunks] == [2] * 6 + [1] * 3
     assert [chunk.num_queries for chunk in chunks] == [50, 50, 24] * 3
     for chunk, plan in zip(chunks, plans, strict=True):

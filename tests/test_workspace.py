@@ -59,7 +59,7 @@ def sharing_as_allowed(sizes: Sizes, which: Pass, limit: int) -> Sizes:
 
 def plan_chunks(sizes: Sizes, which: Pass, limit: int) -> list[Chunk]:
     """All chunks, in order."""
-    return [chunk for grid in chunk_grids(sizes, which, limit) for chunk in grid.chunks()]
+    return [chunk for grid in chunk_grids(sizes, which, limit) for chunk in grid.chunks]
 
 
 def ranges(chunks: list[Chunk]) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -113,7 +113,7 @@ def test_chunks_cover_everything_once_within_their_caps(sizes: Sizes, which: Pas
     assert_covers(list(by_heads), sizes.num_kv_heads)
     for queries in by_heads.values():
         assert_covers(queries, sizes.total_q)
-    shapes = {(grid.chunks()[0], len(grid.chunks())) for grid in grids}
+    shapes = {(grid.chunks[0], len(grid.chunks)) for grid in grids}
     for chunk, together in shapes:
         queries_are_cut = chunk.num_queries < sizes.total_q
         assert_within_caps(sizes, which, limit, chunk, queries_are_cut, others=together - 1)
@@ -127,7 +127,7 @@ def test_chunks_of_a_large_call_are_planned_together(which: Pass) -> None:
     )
     grids = chunk_grids(sizes, which, 1 << 30)
     assert len(grids) == (1 if which == "forward" else sizes.num_kv_heads)
-    assert all(len(grid.chunks()) > 1 for grid in grids)
+    assert all(len(grid.chunks) > 1 for grid in grids)
 
 
 def test_every_head_in_a_chunk_though_delta_takes_the_limit() -> None:

@@ -47,7 +47,7 @@ def _record_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Chunk]
     plan: Callable[..., list[Plan]] = stages.plan
 
     def recording_plan(problem: object, grid: ChunkGrid, *arguments: int) -> list[Plan]:
-        chunks.extend(grid.chunks())
+        chunks.extend(grid.chunks)
         return plan(problem, grid, *arguments)
 
     monkeypatch.setattr(stages, "plan", recording_plan)

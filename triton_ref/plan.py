@@ -106,7 +106,7 @@ def work_items_kernel(
 
 def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
     """Sort each chunk's edges by cell and cut them into work items; the results are described by `fsa.problem.Plan`."""
-    return [_plan_chunk(problem, chunk, edges_per_item, num_ranges) for chunk in grid.chunks()]
+    return [_plan_chunk(problem, chunk, edges_per_item, num_ranges) for chunk in grid.chunks]
 
 
 def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int) -> Plan:
