@@ -12,7 +12,7 @@ plots, prints a table.
 There are two times, of the module and of dense attention alike:
 
     ms         what the GPU takes, from a CUDA graph
-    eager ms   launched op by op from Python, totals only; below about 32,768 tokens the module's waits for the host
+    eager ms   launched op by op from Python, totals only; below about 16,384 tokens the module's waits for the host
 
 In a model the host runs ahead while the GPU does projections and MLPs, and the module can be captured in a graph.
 Here, a pass that cannot be captured has no ms, and a note says why.
@@ -48,7 +48,7 @@ from .shapes import MODULE_SHAPES, ModuleShape
 PASSES = ("forward", "backward")
 LEGEND = (
     "ms: what the GPU takes, from a CUDA graph; of total and x dense are of this time\n"
-    "eager ms: launched op by op from Python, which below about 32,768 tokens waits for the host"
+    "eager ms: launched op by op from Python, which below about 16,384 tokens waits for the host"
 )
 BACKENDS = ("cuda", "triton", "dense")
 

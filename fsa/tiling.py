@@ -40,12 +40,12 @@ def backward_tile_k(head_dim: int, block_size: int) -> int:
 
 
 def forward_edges_per_item(group_size: int, tile_k: int) -> int:
-    """Edges of a forward work item: about 16 query rows a key (512 at least).
+    """Edges of a forward work item: about 16 query rows a key, and 64 edges at least.
 
-    Longer items leave SMs idle at the end, shorter ones load K and V more often. On an H200 half of it takes 2 to 5 %
-    longer, with blocks of 64 and of 128.
+    Longer items leave SMs idle at the end, shorter ones load K and V more often. On an H200 half as many rows take 2 to
+    5 % longer up to group 4, with blocks of 64 and of 128.
     """
-    return max(64, round_up(ceil_div(max(16 * tile_k, 512), group_size), 64))
+    return round_up(ceil_div(16 * tile_k, group_size), 64)
 
 
 def backward_edges_per_item(num_edges: int, num_heads: int, num_sms: int, max_pieces: int | None = None) -> int:
@@ -75,8 +75,9 @@ def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks
 def pays_to_share_blocks(group_size: int) -> bool:
     """Whether the forward attends query-outer to blocks that neighbouring queries share.
 
-    On an H200 at 65,536 tokens that takes 5 to 11 % off the forward of a random selection from group 4 on, a third of a
-    coherent one at group 16; at group 2, where a query tile has fewer rows for the same keys, it costs 9 %.
+    On an H200 at 65,536 tokens that took 5 to 11 % off the forward of a random selection from group 4 on, with work
+    items half as long as now, and a third of a coherent one at group 16; at group 2, where a query tile has fewer rows
+    for the same keys, it costs 9 %.
     """
     return group_size > 2
 

@@ -195,11 +195,10 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
     )
 
 
-Buffers = Mapping[str, Buffer]  # cached, so nobody changes it
+Buffers = Mapping[str, Buffer]
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_buffers(
+def _plan_buffers(
     num_heads: int, num_queries: int, topk: int, num_blocks: int, edges_per_item: int, num_ranges: int
 ) -> Buffers:
     """The tensors of a `Plan`."""
@@ -223,8 +222,7 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-@functools.lru_cache(maxsize=1024)
-def forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> Buffers:
+def _forward_buffers(sizes: Sizes, num_heads: int, num_queries: int) -> Buffers:
     """What the forward main stage hands to the last one, reduce or shared."""
     tile_k = forward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
@@ -246,8 +244,7 @@ def may_share_blocks(sizes: Sizes, limit: int) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> Buffers:
+def _shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: int = 1) -> Buffers:
     """What split hands to shared; of chunks one after the other."""
     num_heads *= num_chunks
     tiles = query_tiles(num_queries)
@@ -261,8 +258,7 @@ def shared_buffers(sizes: Sizes, num_heads: int, num_queries: int, num_chunks: i
     }
 
 
-@functools.lru_cache(maxsize=1024)
-def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> Buffers:
+def _backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_item: int) -> Buffers:
     """What the backward main stage hands to the reduce stage."""
     tile_k = backward_tile_k(sizes.head_dim, sizes.block_size)
     subs = sizes.block_size // tile_k
@@ -273,8 +269,15 @@ def backward_buffers(sizes: Sizes, num_heads: int, num_queries: int, edges_per_i
     }
 
 
+# Remembered, so not to be changed. The planner of chunks, which tries many sizes, asks the functions themselves.
+plan_buffers = functools.lru_cache(maxsize=1024)(_plan_buffers)
+forward_buffers = functools.lru_cache(maxsize=1024)(_forward_buffers)
+shared_buffers = functools.lru_cache(maxsize=1024)(_shared_buffers)
+backward_buffers = functools.lru_cache(maxsize=1024)(_backward_buffers)
+
+
 def by_chunk(together: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """What each chunk has, of the shape given, of a tensor with room for as many as large as the first."""
+    """Views into a tensor of equal parts, one a chunk, each as large as the first needs: of the shapes given."""
     parts = together.view(len(shapes), *shapes[0]).unbind()
     return [
         part if shape == shapes[0] else part.view(-1).narrow(0, 0, math.prod(shape)).view(shape)
@@ -287,19 +290,19 @@ def planned_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, l
     per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
     num_ranges = query_ranges(sizes, which, num_queries)
     size = plan_scratch_bytes(num_heads, num_queries, sizes.num_blocks, num_ranges)
-    size += _bytes_of(plan_buffers(num_heads, num_queries, sizes.topk, sizes.num_blocks, per_item, num_ranges))
+    size += _bytes_of(_plan_buffers(num_heads, num_queries, sizes.topk, sizes.num_blocks, per_item, num_ranges))
     if which == "forward" and sizes.shares_blocks:
-        size += _bytes_of(shared_buffers(sizes, num_heads, num_queries))
+        size += _bytes_of(_shared_buffers(sizes, num_heads, num_queries))
     return size
 
 
 def chunk_bytes(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, limit: int) -> int:
     """Bytes that a chunk of `num_heads` KV heads and `num_queries` tokens allocates (delta, accumulators: apart)."""
     if which == "forward":
-        buffers = forward_buffers(sizes, num_heads, num_queries)
+        buffers = _forward_buffers(sizes, num_heads, num_queries)
     else:
         per_item = edges_per_item(sizes, which, num_heads, num_queries, limit)
-        buffers = backward_buffers(sizes, num_heads, num_queries, per_item)
+        buffers = _backward_buffers(sizes, num_heads, num_queries, per_item)
     return planned_bytes(sizes, which, num_heads, num_queries, limit) + _bytes_of(buffers)
 
 
@@ -315,9 +318,9 @@ def chunk_grids(sizes: Sizes, which: Pass, limit: int) -> tuple[ChunkGrid, ...]:
     """Chunks that cover all (KV head, query token) pairs once, heads outside, within the bound of this module.
 
     All in one chunk if that fits. Else whole heads, if one KV head with all queries fits. Else the queries are cut: of
-    all heads together in the forward, where that is done also if it makes fewer chunks; of one head at a time in the
-    backward, where every cut adds to the accumulators of its heads once more. Those of a grid have the same heads, or
-    all queries.
+    all heads together in the forward, where that is done also if it makes fewer chunks, of enough queries for their
+    work items; of one head at a time in the backward, where every cut adds to the accumulators of its heads once more.
+    Those of a grid have the same heads, or all queries.
 
     Raises:
         RuntimeError: not even one query of one KV head fits; says the limit that it takes.
@@ -352,7 +355,15 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
         return heads, all_queries
     some_heads, queries = _cut_queries(sizes, which, limit)
     fewer = ceil_div(all_heads, some_heads) * ceil_div(all_queries, queries) < ceil_div(all_heads, heads)
-    return (some_heads, queries) if fewer else (heads, all_queries)
+    return (some_heads, queries) if fewer and _fill_items(sizes, queries) else (heads, all_queries)
+
+
+def _fill_items(sizes: Sizes, num_queries: int) -> bool:
+    """Whether the edges of a block from so many queries are half a forward work item on average.
+
+    Fewer queries load every K and V for less, of which each chunk loads all. Many keys a query make such chunks.
+    """
+    return 2 * num_queries * sizes.topk >= sizes.num_blocks * _forward_edges_per_item(sizes)
 
 
 def _whole_heads(sizes: Sizes, which: Pass, limit: int) -> int | None:

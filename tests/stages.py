@@ -108,7 +108,7 @@ def strided_rows(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, gen
     return rows.to(DEVICE)[..., :head_dim]
 
 
-def poisoned(buffers: dict[str, workspace.Buffer]) -> dict[str, Tensor]:
+def poisoned(buffers: workspace.Buffers) -> dict[str, Tensor]:
     """The buffers, filled with what no stage may take for a result."""
     return {
         name: torch.full(

@@ -244,6 +244,20 @@ def test_lists_are_long(case: Case) -> None:
     assert len(blocks) * problem.block_size // SUB_BLOCK > 32
 
 
+def test_some_boxes_of_partials_have_gaps() -> None:
+    """test_shared then has partials of eight neighbouring queries come at once, of which main did not write all."""
+    case, box = CASES[0], 8
+    problem, chunk = make_problem(case, torch.float16), make_chunk(case)
+    exists = stage_reference.split(problem, chunk, 64, 64).scattered >= 0
+    assert ((64, 64) in RUNS) and exists.shape[:2] == (2, 150)
+    padded = torch.nn.functional.pad(exists.int(), (0, 0, 0, -exists.shape[1] % box))
+    partials = padded.unflatten(1, (-1, box)).sum(2)  # [heads, boxes, slots]
+    has_gaps = (partials > box // 2) & (partials < box)
+    assert has_gaps[:, :-1].any()
+    assert has_gaps[0, -1].any()  # the next head's queries come along
+    assert has_gaps[1, -1].any()  # zeros behind the tensor do
+
+
 @pytest.mark.parametrize("rise", [1.875, 7.75])
 def test_sums_of_huge_values_are_finite(stages: ModuleType, rise: float) -> None:
     """Every key but those of the block that is listed first has the same score, `rise` larger in base 2."""

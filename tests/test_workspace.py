@@ -204,7 +204,24 @@ def test_but_queries_of_all_heads_in_the_forward_if_that_makes_fewer_chunks() ->
     )
     assert cut(sizes, "forward", 1 << 30) == (4, 21_888)  # a third
     two_heads = chunk_bytes(sizes, "forward", 2, 1 << 16, 1 << 40)
-    assert cut(sizes, "forward", two_heads * 16 // 15 + 1) == (2, 1 << 16)
+    assert cut(sizes, "forward", two_heads * 16 // 15 + 1) == (2, 1 << 16)  # as many chunks
+
+
+def test_but_not_if_their_blocks_have_few_edges() -> None:
+    """A prefill of few queries and many keys, where every chunk would load all of these."""
+    sizes = dataclasses.replace(
+        SMALL, total_q=4096, total_k=1 << 17, num_blocks=2049, num_kv_heads=8, group_size=8, head_dim=128, topk=64,
+        block_size=64, shares_blocks=True,
+    )  # fmt: skip
+    assert cut(sizes, "forward", 1 << 30) == (1, 4096)
+
+
+def test_by_chunk() -> None:
+    """Parts as large as the first; of the last one the beginning."""
+    first, second, last = workspace.by_chunk(torch.arange(24), [(2, 4), (2, 4), (1, 3)])
+    assert first.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert second.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+    assert last.tolist() == [[16, 17, 18]]
 
 
 @pytest.mark.parametrize("which", PASSES)
@@ -274,6 +291,7 @@ def test_query_ranges_keep_the_rows_of_a_range_in_l2() -> None:
 
     assert [ranges(65536, group_size) for group_size in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert [ranges(num_queries, 4) for num_queries in (1, 16384, 16385, 65537)] == [1, 1, 2, 5]
+    assert ranges(131072, 4) == 7  # eight would leave cells less than half an item
 
 
 @given(problem_sizes(), st.integers(1, 1 << 21))
