@@ -14,10 +14,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import workspace
+from . import buffers
+from .buffers import Sizes
+from .chunks import chunk_grids, may_share_blocks
 from .problem import ChunkGrid, Problem
 from .tiling import sharing_run
-from .workspace import Sizes
+from .workspace import get_workspace_limit
 
 
 def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
@@ -33,14 +35,14 @@ def forward(problem: Problem, stages: ModuleType) -> tuple[Tensor, Tensor]:
 
     out = q.new_empty(q.shape)
     lse = q.new_empty((problem.num_heads, problem.total_q), dtype=torch.float32)
-    limit = workspace.get_workspace_limit()
-    shares_blocks = stages.shares_blocks(problem) and workspace.may_share_blocks(Sizes.of(problem), limit)
+    limit = get_workspace_limit()
+    shares_blocks = stages.shares_blocks(problem) and may_share_blocks(Sizes.of(problem), limit)
     sizes = Sizes.of(problem, shares_blocks)
     if shares_blocks:
         problem = dataclasses.replace(problem, k=without_zero_strides(problem.k), v=without_zero_strides(problem.v))
     with torch.cuda.device_of(q):
         scattered_idx = torch.empty_like(problem.topk_idx) if shares_blocks else None
-        for grid in workspace.chunk_grids(sizes, "forward", limit):
+        for grid in chunk_grids(sizes, "forward", limit):
             _forward_chunks(problem, stages, grid, sizes, limit, scattered_idx, out, lse)
     return out, lse
 
@@ -67,14 +69,14 @@ def backward(
     # A zero dout takes no memory: one row, expanded.
     dout = as_kernel_input(q.new_zeros(problem.head_dim).expand(q.shape) if dout is None else dout)
     lse = lse.contiguous()
-    sizes, limit = Sizes.of(problem), workspace.get_workspace_limit()
-    grids = workspace.chunk_grids(sizes, "backward", limit)
+    sizes, limit = Sizes.of(problem), get_workspace_limit()
+    grids = chunk_grids(sizes, "backward", limit)
     with torch.cuda.device_of(q):
         stages.backward_preprocess(as_kernel_input(out), dout, None if dlse is None else dlse.contiguous(), delta)
+        # Chunks of several query ranges add up in fp32; a chunk that has all queries writes its gradients at once.
+        accumulate = grids[0].chunk_queries < problem.total_q
         for (head_begin, head_end), same_heads in itertools.groupby(grids, lambda g: (g.head_begin, g.head_end)):
             dk_heads, dv_heads = dk[:, head_begin:head_end], dv[:, head_begin:head_end]
-            # Chunks of several query ranges add up in fp32; a chunk that has all queries writes its gradients at once.
-            accumulate = grids[0].chunk_queries < problem.total_q
             dk_sum = torch.zeros_like(dk_heads, dtype=torch.float32) if accumulate else dk_heads
             dv_sum = torch.zeros_like(dv_heads, dtype=torch.float32) if accumulate else dv_heads
             for grid in same_heads:
@@ -114,34 +116,33 @@ def _forward_chunks(
 ) -> None:
     """The stages of some chunks; with `scattered_idx`, blocks that neighbouring queries share are attended to apart."""
     chunks = grid.chunks
-    shared: list[dict[str, Tensor]] = [{} for _ in chunks]
+    last_stage = stages.forward_reduce
+    of_split: list[dict[str, Tensor]] = [{} for _ in chunks]
     if scattered_idx is not None:
-        shared = _split(problem, stages, grid, sizes, scattered_idx)
+        last_stage = stages.forward_shared
+        of_split = _split(problem, stages, grid, sizes, scattered_idx)
         problem = dataclasses.replace(problem, topk_idx=scattered_idx)
-    per_item = workspace.edges_per_item(sizes, "forward", chunks[0].num_heads, chunks[0].num_queries, limit)
-    num_ranges = workspace.query_ranges(sizes, "forward", chunks[0].num_queries)
+    per_item = buffers.edges_per_item(sizes, "forward", chunks[0].num_heads, chunks[0].num_queries, limit)
+    num_ranges = buffers.query_ranges(sizes, "forward", chunks[0].num_queries)
     plans = stages.plan(problem, grid, per_item, num_ranges)
-    for chunk, plan, of_split in zip(chunks, plans, shared, strict=True):
-        specs = workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
-        buffers = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
-        stages.forward_main(problem, chunk, plan, **buffers)
-        last_stage = stages.forward_shared if of_split else stages.forward_reduce
-        last_stage(problem, chunk, **of_split, **buffers, out=out, lse=lse)
-        del buffers  # before the next chunk gets its own
+    for chunk, plan, shared in zip(chunks, plans, of_split, strict=True):
+        specs = buffers.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
+        partials = {name: spec.empty(problem.q.device) for name, spec in specs.items()}
+        stages.forward_main(problem, chunk, plan, **partials)
+        last_stage(problem, chunk, **shared, **partials, out=out, lse=lse)
+        del partials  # before the next chunk gets its own
 
 
 def _split(
     problem: Problem, stages: ModuleType, grid: ChunkGrid, sizes: Sizes, scattered_idx: Tensor
 ) -> list[dict[str, Tensor]]:
     """What forward_split hands to forward_shared, by chunk; the rest of the selection is left in `scattered_idx`."""
-    chunks = grid.chunks
-    specs = [workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in chunks]
-    all_specs = workspace.shared_buffers(sizes, chunks[0].num_heads, chunks[0].num_queries, len(chunks))
-    together = {name: spec.empty(problem.q.device) for name, spec in all_specs.items()}
+    specs = [buffers.shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in grid.chunks]
+    together, of_chunks = buffers.allocate_together(specs, problem.q.device)
     run = sharing_run(problem.group_size, problem.block_size)
-    stages.forward_split(problem, grid, *run, scattered_idx, **together)
-    buffers = [workspace.by_chunk(tensor, [s[name].shape for s in specs]) for name, tensor in together.items()]
-    return [dict(zip(together, of_chunk, strict=True)) for of_chunk in zip(*buffers, strict=True)]
+    heads_of_all = {name: tensor.flatten(0, 1) for name, tensor in together.items()}
+    stages.forward_split(problem, grid, *run, scattered_idx, **heads_of_all)
+    return of_chunks
 
 
 def _backward_chunks(
@@ -160,10 +161,10 @@ def _backward_chunks(
 ) -> None:
     """The stages of some chunks; `dk` and `dv` have the heads of all of them."""
     chunks = grid.chunks
-    per_item = workspace.edges_per_item(sizes, "backward", chunks[0].num_heads, chunks[0].num_queries, limit)
+    per_item = buffers.edges_per_item(sizes, "backward", chunks[0].num_heads, chunks[0].num_queries, limit)
     for chunk, plan in zip(chunks, stages.plan(problem, grid, per_item), strict=True):
         heads = slice(chunk.head_begin - grid.head_begin, chunk.head_end - grid.head_begin)
-        specs = workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
+        specs = buffers.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, per_item)
         dq_partial, dkv_pieces = (specs[name].empty(problem.q.device) for name in ("dq_partial", "dkv_pieces"))
         gradients = dk[:, heads], dv[:, heads]
         stages.backward_main(problem, chunk, plan, dout, lse, delta, dq_partial, *gradients, dkv_pieces, accumulate)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .backends import kernel_arch
+from .buffers import allocate_together, plan_buffers
 from .problem import Chunk, ChunkGrid, Plan, Problem
 from .tiling import pays_to_share_blocks, plan_parts, plan_scratch
-from .workspace import by_chunk, plan_buffers
 
 _SELECTION = "Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _CHUNK = "int head_begin, int head_end, int query_begin, int query_end, int block_size, bool causal"
@@ -141,10 +141,10 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
         plan_buffers(chunk.num_heads, chunk.num_queries, problem.topk, problem.num_blocks, edges_per_item, num_ranges)
         for chunk in chunks
     ]
-    shapes = {name: [spec[name].shape for spec in specs] for name in specs[0]}
-    empty = problem.topk_idx.new_empty
-    together = {name: empty((num_chunks, *of_chunks[0])) for name, of_chunks in shapes.items()}
-    scratch = empty((num_chunks, plan_scratch(largest.num_heads, num_ranges, parts, problem.num_blocks)))
+    together, of_chunks = allocate_together(specs, problem.topk_idx.device)
+    scratch = problem.topk_idx.new_empty(
+        (num_chunks, plan_scratch(largest.num_heads, num_ranges, parts, problem.num_blocks))
+    )
     _ops._plan(
         *_selection(problem),
         *_chunks(problem, grid),
@@ -155,11 +155,7 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
         *together.values(),
         scratch,
     )
-    buffers = (by_chunk(tensor, shapes[name]) for name, tensor in together.items())
-    return [
-        Plan(csr_offsets, csr_edges, work_items, next_item, edges_per_item)
-        for csr_offsets, csr_edges, work_items, next_item in zip(*buffers, strict=True)
-    ]
+    return [Plan(edges_per_item=edges_per_item, **buffers) for buffers in of_chunks]
 
 
 def forward_main(

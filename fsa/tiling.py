@@ -14,9 +14,9 @@ _CPU_NUM_SMS = 8
 _QUERY_BYTES_IN_L2 = 16 << 20
 
 
-# csrc/params.h: neighbouring queries that share blocks.
-_QUERY_TILE = 64
-_SHARED_ROWS = 128  # of a unit of the shared stage, up to head_dim 128
+_QUERY_TILE = 64  # kQueryTile of csrc/params.h: neighbouring queries that share blocks
+# kRows of csrc/forward/shared_sm90_traits.h: of a unit, up to head_dim 128.
+_SHARED_ROWS = 128
 
 
 def ceil_div(a: int, b: int) -> int:

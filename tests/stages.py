@@ -11,7 +11,8 @@ import torch
 from harness import DEVICE, skip_unless_usable
 from torch import Tensor
 
-from fsa import backends, workspace
+import fsa.buffers
+from fsa import backends
 from fsa.problem import Chunk, ChunkGrid, Problem
 
 BACKENDS = ("triton", "cuda")
@@ -108,7 +109,7 @@ def strided_rows(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, gen
     return rows.to(DEVICE)[..., :head_dim]
 
 
-def poisoned(buffers: workspace.Buffers) -> dict[str, Tensor]:
+def poisoned(buffers: fsa.buffers.Buffers) -> dict[str, Tensor]:
     """The buffers, filled with what no stage may take for a result."""
     return {
         name: torch.full(
@@ -153,11 +154,11 @@ def record_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def forward_buffers(problem: Problem, chunk: Chunk) -> dict[str, Tensor]:
     """o_partial, lse_partial and value_exponent of a chunk, poisoned."""
-    sizes = workspace.Sizes.of(problem)
-    return poisoned(workspace.forward_buffers(sizes, chunk.num_heads, chunk.num_queries))
+    sizes = fsa.buffers.Sizes.of(problem)
+    return poisoned(fsa.buffers.forward_buffers(sizes, chunk.num_heads, chunk.num_queries))
 
 
 def backward_buffers(problem: Problem, chunk: Chunk, edges_per_item: int) -> dict[str, Tensor]:
     """dq_partial and dkv_pieces of a chunk, poisoned."""
-    sizes = workspace.Sizes.of(problem)
-    return poisoned(workspace.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, edges_per_item))
+    sizes = fsa.buffers.Sizes.of(problem)
+    return poisoned(fsa.buffers.backward_buffers(sizes, chunk.num_heads, chunk.num_queries, edges_per_item))

@@ -29,7 +29,8 @@ from tolerances import Expected, assert_close, expected_results
 from torch import Tensor
 
 import fsa
-from fsa import backends, workspace
+from fsa import backends
+from fsa.buffers import Sizes, by_chunk, shared_buffers
 from fsa.problem import Chunk, ChunkGrid, Problem
 from fsa.tiling import pays_to_share_blocks
 
@@ -71,8 +72,8 @@ def run_split(
     stages: ModuleType, problem: Problem, chunk: Chunk, run: tuple[int, int] = QUARTER_OF_A_TILE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """scattered_idx of the chunk, and the other results; nothing is written outside the chunk."""
-    sizes = workspace.Sizes.of(problem, shares_blocks=True)
-    buffers = poisoned(workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
+    sizes = Sizes.of(problem, shares_blocks=True)
+    buffers = poisoned(shared_buffers(sizes, chunk.num_heads, chunk.num_queries))
     most = QUERY_TILE * problem.topk // run[1]
     buffers["shared_blocks"] = buffers["shared_blocks"].new_full((*buffers["shared_counts"].shape, most, 4), POISON)
     buffers, wholes = carved({**buffers, "scattered": torch.full_like(problem.topk_idx, POISON)})
@@ -113,16 +114,18 @@ def test_split_of_several_chunks(stages: ModuleType) -> None:
     """The last heads and the last queries are fewer; every chunk begins a query tile."""
     case = Case("together", (130, 100), (130, 120), 5, 2, 8, 4, 64)
     problem, grid = make_problem(case, torch.float16), ChunkGrid(0, 5, 0, 230, chunk_heads=2, chunk_queries=90)
-    chunks, sizes = grid.chunks, workspace.Sizes.of(problem, shares_blocks=True)
+    chunks, sizes = grid.chunks, Sizes.of(problem, shares_blocks=True)
     scattered = torch.full_like(problem.topk_idx, POISON)
-    together = poisoned(workspace.shared_buffers(sizes, 2, 90, len(chunks)))
+    largest = poisoned(shared_buffers(sizes, 2, 90))
     most = QUERY_TILE * problem.topk // QUARTER_OF_A_TILE[1]
-    together["shared_blocks"] = together["shared_blocks"].new_full((18, 2, most, 4), POISON)
-    stages.forward_split(problem, grid, *QUARTER_OF_A_TILE, scattered, **together)
-    specs = [workspace.shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in chunks]
+    largest["shared_blocks"] = largest["shared_blocks"].new_full((2, 2, most, 4), POISON)
+    together = {name: torch.stack([buffer] * len(chunks)) for name, buffer in largest.items()}
+    heads_of_all = {name: tensor.flatten(0, 1) for name, tensor in together.items()}
+    stages.forward_split(problem, grid, *QUARTER_OF_A_TILE, scattered, **heads_of_all)
+    specs = [shared_buffers(sizes, chunk.num_heads, chunk.num_queries) for chunk in chunks]
     shapes = {name: [spec[name].shape for spec in specs] for name in together}
     shapes["shared_blocks"] = [(*shape, most, 4) for shape in shapes["shared_counts"]]
-    buffers = {name: workspace.by_chunk(tensor, shapes[name]) for name, tensor in together.items()}
+    buffers = {name: by_chunk(tensor, shapes[name]) for name, tensor in together.items()}
     for i, chunk in enumerate(chunks):
         mine = scattered[chunk.head_begin : chunk.head_end, chunk.query_begin : chunk.query_end]
         of_chunk = {name: parts[i] for name, parts in buffers.items()}

@@ -10,7 +10,8 @@ from errors import Bad
 
 import fsa
 from fsa import workspace
-from fsa.workspace import Sizes
+from fsa.buffers import Sizes
+from fsa.chunks import chunk_grids
 
 _SIZES = Sizes(
     total_q=4096,
@@ -34,7 +35,7 @@ def _limit_in_environment() -> None:
 WORKSPACE = [
     Bad(
         "a workspace limit below one query (here 10,000 bytes)",
-        lambda: workspace.chunk_grids(_SIZES, "forward", 10_000),
+        lambda: chunk_grids(_SIZES, "forward", 10_000),
         RuntimeError,
         "workspace limit must hold one query of one KV head, in the forward of this call 18816 bytes, got 10000 bytes; "
         "raise it with fsa.set_workspace_limit(18816) or FSA_WORKSPACE_LIMIT_MIB",
