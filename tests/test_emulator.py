@@ -1,4 +1,7 @@
-"""The emulator's warpgroup products: a kernel of nothing else, right and with mistakes that must not go unnoticed."""
+"""The emulator's warpgroup products and copy engine: kernels of nothing else, right and with mistakes.
+
+The mistakes must not go unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ ROWS = 128  # two warpgroups
 # tests/emulator/wgmma_forms.cuh, enum Mistake
 NO_PROXY_FENCE, NO_BARRIER, NO_REGISTER_FENCE, RESULTS_TOO_SOON, NO_WAIT = 1, 2, 3, 4, 5
 OPERAND_OVERWRITTEN, ACCUMULATORS_OVERWRITTEN, WARP_MISSING, DESCRIPTORS_DIFFER, OUT_OF_BOUNDS = 6, 7, 8, 9, 10
+
+# tests/emulator/box_copies.cuh, enum Mistake
+READ_TOO_SOON, TOO_FEW_EXPECTED, TOO_MANY_ARRIVALS, NOT_WAITED_FOR = 1, 2, 3, 4
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +79,47 @@ def test_accumulators_are_nan_until_waited_for(native: ModuleType) -> None:
     ),
 )
 def test_mistakes_stop_the_run(native: ModuleType, mistake: int, message: str) -> None:
-    assert native.__file__
-    call = (
-        "import fsa_native_tests as native\n"
+    assert_stops(
+        native,
         f"native.emulated_wgmma('float16', 'sum', 'sum', 64, 128, [1.0] * {ROWS * 128}, [1.0] * {128 * 64}, "
-        f"[0.0] * {ROWS * 64}, {mistake})"
+        f"[0.0] * {ROWS * 64}, {mistake})",
+        message,
     )
-    folder = Path(native.__file__).parent
-    done = subprocess.run([sys.executable, "-c", call], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def assert_stops(native: ModuleType, call: str, message: str) -> None:
+    assert native.__file__
+    done = subprocess.run(
+        [sys.executable, "-c", f"import fsa_native_tests as native\n{call}"],
+        cwd=Path(native.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert message in done.stderr
+
+
+BOX_WORDS = 128 * 32
+
+
+def test_boxes_arrive_where_they_are_waited_for(native: ModuleType) -> None:
+    matrix = [7 * i + 1 for i in range(BOX_WORDS)]
+    for _ in range(10):  # in another order each time
+        assert native.emulated_box_copies(matrix, 0) == matrix
+
+
+def test_boxes_are_not_there_before(native: ModuleType) -> None:
+    assert native.emulated_box_copies([0] * BOX_WORDS, READ_TOO_SOON) != [0] * BOX_WORDS
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    (
+        (TOO_FEW_EXPECTED, "bytes at an mbarrier that does not expect them"),
+        (TOO_MANY_ARRIVALS, "an arrival at an mbarrier at whose phase all have arrived"),
+        (NOT_WAITED_FOR, "all threads have ended before what the copy engine brings was there"),
+    ),
+)
+def test_mistakes_with_boxes_stop_the_run(native: ModuleType, mistake: int, message: str) -> None:
+    assert_stops(native, f"native.emulated_box_copies([0] * {BOX_WORDS}, {mistake})", message)

@@ -73,6 +73,7 @@ struct Cta {
     std::vector<unsigned char> shared;
     std::vector<SharedWrite> writes;                         // one for each 16 bytes of it
     std::vector<Meeting> warp_meetings, warpgroup_meetings;  // one a warp, one a warpgroup
+    std::vector<std::function<void()>> bulk_copies;          // of the copy engine, on their way
     int threads = 0;
     int running = 0;
     dim3 index, grid;
@@ -163,6 +164,18 @@ void run_warp_to_barrier(int warp, const std::vector<int>& order) {
     }
 }
 
+bool all_have_ended() {
+    const auto end = cta.fibers.begin() + cta.threads;
+    return std::all_of(cta.fibers.begin(), end, [](const auto& f) { return f->state == State::kEnded; });
+}
+
+// One of those on their way, whichever.
+void land_bulk_copy(std::mt19937& random) {
+    std::swap(cta.bulk_copies[random() % cta.bulk_copies.size()], cta.bulk_copies.back());
+    cta.bulk_copies.back()();
+    cta.bulk_copies.pop_back();
+}
+
 void run_cta(std::mt19937& random) {
     const int warps = cta.threads / 32;
     for (int thread = 0; thread < cta.threads; ++thread) {
@@ -175,13 +188,26 @@ void run_cta(std::mt19937& random) {
     cta.writes.assign(cta.shared.size() / 16, {-1, 0});
     cta.warp_meetings.assign(warps, {});
     cta.warpgroup_meetings.assign(warps / 4, {});
+    cta.bulk_copies.clear();
     begin_products(cta.threads);
     std::vector<int> order(warps);
     for (int i = 0; i < warps; ++i) order[i] = i;
     for (bool any_left = true; any_left;) {
         std::shuffle(order.begin(), order.end(), random);
-        for (const int warp : order) run_warp_to_barrier(warp, order);
-        any_left = wake_at_mbarriers();
+        bool any_idle = false;  // some warps are slower than others
+        for (const int warp : order) {
+            if (random() % 4 == 0) {
+                any_idle = true;
+            } else {
+                run_warp_to_barrier(warp, order);
+            }
+        }
+        any_left = wake_at_mbarriers() || any_idle;
+        while (!cta.bulk_copies.empty() && (!any_left || random() % 4 == 0)) {
+            if (all_have_ended()) fail("all threads have ended before what the copy engine brings was there");
+            land_bulk_copy(random);
+            any_left |= wake_at_mbarriers();
+        }
         if (any_left) continue;
         cta.barrier_result = cta.predicate;
         cta.predicate = false;
@@ -295,6 +321,7 @@ void mbarrier_init(uint32_t address, int arrivals) {
 void mbarrier_arrive(uint32_t address, int bytes) {
     running().proxy_fences_at_barrier = running().proxy_fences;
     Mbarrier& barrier = mbarrier_at(address);
+    if (barrier.missing == 0) fail("an arrival at an mbarrier at whose phase all have arrived");
     barrier.missing_bytes = static_cast<int16_t>(barrier.missing_bytes + bytes / 16);
     --barrier.missing;
     barrier.end_phase_if_complete();
@@ -315,6 +342,10 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
         running().state = State::kAtMbarrier;
         yield_to_scheduler();
     }
+}
+
+void defer_bulk_copy(std::function<void()> copy) {
+    cta.bulk_copies.push_back(std::move(copy));
 }
 
 void defer_copy(unsigned char* to, const void* from, int bytes) {

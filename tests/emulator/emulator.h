@@ -69,6 +69,9 @@ void mbarrier_arrive(uint32_t address, int bytes = 0);  // which the phase waits
 void mbarrier_complete(uint32_t address, int bytes);    // such bytes have come
 void mbarrier_wait(uint32_t address, uint32_t parity);
 
+// Copies of the copy engine: they happen at some time, in any order.
+void defer_bulk_copy(std::function<void()> copy);
+
 // Copies of cp.async, in the order issued; they happen when waited for.
 void defer_copy(unsigned char* to, const void* from, int bytes);
 void commit_copies();

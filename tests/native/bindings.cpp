@@ -16,6 +16,7 @@ using std::min;
 #include "device/wgmma_tile.h"
 #include "dispatch.h"
 
+#include "../emulator/box_copies.h"
 #include "../emulator/wgmma_forms.h"
 
 namespace {
@@ -126,6 +127,7 @@ PYBIND11_MODULE(fsa_native_tests, m) {
                                                    wgmma_tile<64, 32>(),  wgmma_tile<64, 64>(),  wgmma_tile<64, 96>(),
                                                    wgmma_tile<64, 128>(), wgmma_tile<64, 192>(), wgmma_tile<128, 64>(),
                                                    wgmma_tile<128, 96>(), wgmma_tile<128, 256>()};
+    m.def("emulated_box_copies", &emulated_box_copies);
     m.def("emulated_wgmma", &emulated_wgmma);
     m.def("kernel_head_dim", &kernel_head_dim);
     m.def("kernel_forward_tile_k", &kernel_forward_tile_k);

@@ -1,4 +1,4 @@
-// csrc/device/tma.cuh for the emulator: boxes arrive at once.
+// csrc/device/tma.cuh for the emulator: boxes arrive at some time, in any order.
 #pragma once
 
 #include <cstring>
@@ -19,9 +19,8 @@ inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     emulator::mbarrier_arrive(barrier, bytes);
 }
 
-inline void tma_load_4d(uint32_t shared, const TensorMap& map, uint32_t barrier, int x, int y, int z, int w) {
+inline void copy_box(uint32_t shared, const TensorMap& map, int x, int y, int z, int w) {
     const int row_bytes = map.box[0] * 2, num_rows = map.box[1] * map.box[2] * map.box[3];
-    if (shared % 128 != 0) emulator::fail("a box that does not begin at a multiple of 128 bytes");
     const uint32_t pattern_mask = row_bytes == 128 ? 0x70 : 0x30;
     for (int row = 0; row < num_rows; ++row) {
         const int64_t at[4] = {
@@ -38,7 +37,14 @@ inline void tma_load_4d(uint32_t shared, const TensorMap& map, uint32_t barrier,
             std::memcpy(shared_pointer(to, 2), &element, 2);
         }
     }
-    emulator::mbarrier_complete(barrier, num_rows * row_bytes);
+}
+
+inline void tma_load_4d(uint32_t shared, const TensorMap& map, uint32_t barrier, int x, int y, int z, int w) {
+    if (shared % 128 != 0) emulator::fail("a box that does not begin at a multiple of 128 bytes");
+    emulator::defer_bulk_copy([=] {  // its thread may have ended by then
+        copy_box(shared, map, x, y, z, w);
+        emulator::mbarrier_complete(barrier, map.box[0] * map.box[1] * map.box[2] * map.box[3] * 2);
+    });
 }
 
 inline void tma_load_3d(uint32_t shared, const TensorMap& map, uint32_t barrier, int x, int y, int z) {
