@@ -21,12 +21,28 @@ NO_PROXY_FENCE, NO_BARRIER, NO_REGISTER_FENCE, RESULTS_TOO_SOON, NO_WAIT = 1, 2,
 OPERAND_OVERWRITTEN, ACCUMULATORS_OVERWRITTEN, WARP_MISSING, DESCRIPTORS_DIFFER, OUT_OF_BOUNDS = 6, 7, 8, 9, 10
 
 # tests/emulator/box_copies.cuh, enum Mistake
-READ_TOO_SOON, TOO_FEW_EXPECTED, TOO_MANY_ARRIVALS, NOT_WAITED_FOR = 1, 2, 3, 4
+READ_TOO_SOON, BARRIER_INSTEAD, OTHER_BOX_AWAITED = 1, 2, 3
+TOO_FEW_EXPECTED, TOO_MANY_EXPECTED, TOO_MANY_ARRIVALS, NOT_WAITED_FOR = 4, 5, 6, 7
+MATRIX = [7 * i + 1 for i in range(128 * 32)]
+NOTHING_YET = 2**32 - 1  # what shared memory is filled with
 
 
 @pytest.fixture(scope="module")
 def native() -> ModuleType:
     return native_functions()
+
+
+def _assert_stops(native: ModuleType, call: str, message: str) -> None:
+    assert native.__file__
+    done = subprocess.run(
+        [sys.executable, "-c", f"import fsa_native_tests as native\n{call}"],
+        cwd=Path(native.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def _matrices(columns: int, total: int) -> list[torch.Tensor]:
@@ -78,8 +94,8 @@ def test_accumulators_are_nan_until_waited_for(native: ModuleType) -> None:
         (OUT_OF_BOUNDS, "outside of shared memory"),
     ),
 )
-def test_mistakes_stop_the_run(native: ModuleType, mistake: int, message: str) -> None:
-    assert_stops(
+def test_mistakes_with_products_stop_the_run(native: ModuleType, mistake: int, message: str) -> None:
+    _assert_stops(
         native,
         f"native.emulated_wgmma('float16', 'sum', 'sum', 64, 128, [1.0] * {ROWS * 128}, [1.0] * {128 * 64}, "
         f"[0.0] * {ROWS * 64}, {mistake})",
@@ -87,39 +103,30 @@ def test_mistakes_stop_the_run(native: ModuleType, mistake: int, message: str) -
     )
 
 
-def assert_stops(native: ModuleType, call: str, message: str) -> None:
-    assert native.__file__
-    done = subprocess.run(
-        [sys.executable, "-c", f"import fsa_native_tests as native\n{call}"],
-        cwd=Path(native.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_boxes_are_there_for_those_who_wait(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(10):
+        monkeypatch.setenv("FSA_EMULATOR_SEED", str(seed))
+        assert native.emulated_box_copies(MATRIX, 0) == MATRIX
 
 
-BOX_WORDS = 128 * 32
-
-
-def test_boxes_arrive_where_they_are_waited_for(native: ModuleType) -> None:
-    matrix = [7 * i + 1 for i in range(BOX_WORDS)]
-    for _ in range(10):  # in another order each time
-        assert native.emulated_box_copies(matrix, 0) == matrix
-
-
-def test_boxes_are_not_there_before(native: ModuleType) -> None:
-    assert native.emulated_box_copies([0] * BOX_WORDS, READ_TOO_SOON) != [0] * BOX_WORDS
+@pytest.mark.parametrize("mistake", (READ_TOO_SOON, BARRIER_INSTEAD, OTHER_BOX_AWAITED))
+def test_boxes_are_not_there_for_others(native: ModuleType, monkeypatch: pytest.MonkeyPatch, mistake: int) -> None:
+    """Not in all orders, at least."""
+    found = []
+    for seed in range(10):
+        monkeypatch.setenv("FSA_EMULATOR_SEED", str(seed))
+        found += native.emulated_box_copies(MATRIX, mistake)
+    assert NOTHING_YET in found
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     (
         (TOO_FEW_EXPECTED, "bytes at an mbarrier that does not expect them"),
+        (TOO_MANY_EXPECTED, "threads wait for an mbarrier at which nobody will arrive"),
         (TOO_MANY_ARRIVALS, "an arrival at an mbarrier at whose phase all have arrived"),
         (NOT_WAITED_FOR, "all threads have ended before what the copy engine brings was there"),
     ),
 )
 def test_mistakes_with_boxes_stop_the_run(native: ModuleType, mistake: int, message: str) -> None:
-    assert_stops(native, f"native.emulated_box_copies([0] * {BOX_WORDS}, {mistake})", message)
+    _assert_stops(native, f"native.emulated_box_copies({MATRIX}, {mistake})", message)

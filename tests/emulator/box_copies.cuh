@@ -3,6 +3,7 @@
 
 #include "device/ptx.cuh"
 #include "device/tma.cuh"
+#include "device/wgmma.cuh"
 #include "device/wgmma_tile.h"
 
 namespace box_copies {
@@ -13,9 +14,12 @@ constexpr int kBoxes = 8, kRows = 16, kColumns = 64, kThreads = 128;
 enum class Mistake {
     kNone,
     kReadTooSoon,
+    kBarrierInstead,
+    kOtherBoxAwaited,
     kTooFewExpected,
+    kTooManyExpected,
     kTooManyArrivals,
-    kNoWait,
+    kNotWaitedFor,
 };
 
 struct Params {
@@ -34,28 +38,35 @@ inline __global__ void __launch_bounds__(kThreads) copy(const __grid_constant__ 
     const auto barrier_of = [&](int box) { return memory + kBoxes * Box::kBytes + box * 8; };
     if (threadIdx.x == 0) {
         for (int box = 0; box < kBoxes; ++box) fsa::mbarrier_init(barrier_of(box), 1);
+        fsa::fence_async_proxy();  // the copy engine arrives, too
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         for (int box = 0; box < kBoxes; ++box) {
-            const bool too_few = p.mistake == Mistake::kTooFewExpected && box == 3;
-            fsa::mbarrier_arrive_expect(barrier_of(box), too_few ? Box::kBytes - 16 : Box::kBytes);
+            int bytes = Box::kBytes;
+            if (p.mistake == Mistake::kTooFewExpected && box == 3) bytes -= 16;
+            if (p.mistake == Mistake::kTooManyExpected && box == 3) bytes += 16;
+            fsa::mbarrier_arrive_expect(barrier_of(box), bytes);
             if (p.mistake == Mistake::kTooManyArrivals && box == 3) fsa::mbarrier_arrive(barrier_of(box));
             fsa::tma_load_3d(tile_of(box), p.map, barrier_of(box), 0, 0, box * kRows);
         }
     }
-    if (threadIdx.x < 32 || p.mistake == Mistake::kNoWait) return;
-    for (int box = 0; box < kBoxes; ++box) {
-        if (p.mistake != Mistake::kReadTooSoon) fsa::mbarrier_wait(barrier_of(box), 0);
-        for (int i = threadIdx.x - 32; i < kRows * kColumns / 2; i += kThreads - 32) {
-            const int row = i / (kColumns / 2), word = i % (kColumns / 2);
-            p.out[box * kRows * kColumns / 2 + i] =
-                fsa::load_shared_4(tile_of(box) + Box::offset(row, word / 4) + word % 4 * 4);
-        }
-    }
-    if (p.mistake == Mistake::kReadTooSoon) {
+    if (p.mistake == Mistake::kBarrierInstead) __syncthreads();
+    if (threadIdx.x < 32 || p.mistake == Mistake::kNotWaitedFor) return;
+    const auto wait = [&] {
         for (int box = 0; box < kBoxes; ++box) fsa::mbarrier_wait(barrier_of(box), 0);
+    };
+    const bool waits_later = p.mistake == Mistake::kReadTooSoon || p.mistake == Mistake::kBarrierInstead;
+    if (p.mistake == Mistake::kOtherBoxAwaited) {
+        fsa::mbarrier_wait(barrier_of(kBoxes - 1), 0);
+    } else if (!waits_later) {
+        wait();
     }
+    for (int i = threadIdx.x - 32; i < kBoxes * kRows * kColumns / 2; i += kThreads - 32) {
+        const int row = i / (kColumns / 2), word = i % (kColumns / 2);
+        p.out[i] = fsa::load_shared_4(tile_of(row / kRows) + Box::offset(row % kRows, word / 4) + word % 4 * 4);
+    }
+    wait();
 }
 
 }  // namespace box_copies

@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include <ucontext.h>
@@ -114,23 +115,22 @@ void resume(int thread) {
     setcontext(&context);
 }
 
-// Wakes the threads whose mbarrier has reached its next phase; returns whether there were any.
-bool wake_at_mbarriers() {
-    bool any = false;
+// Wakes the threads whose mbarrier has reached its next phase.
+void wake_at_mbarriers() {
     for (int thread = 0; thread < cta.threads; ++thread) {
         Fiber& fiber = *cta.fibers[thread];
-        if (fiber.state != State::kAtMbarrier || fiber.awaited->phase % 2 == fiber.awaited_parity) continue;
-        fiber.state = State::kReady;
-        any = true;
+        if (fiber.state == State::kAtMbarrier && fiber.awaited->phase % 2 != fiber.awaited_parity)
+            fiber.state = State::kReady;
     }
-    return any;
 }
 
-// All of its lanes wait for the CTA or have ended.
-bool at_barrier(int warp) {
-    const auto lanes = cta.fibers.begin() + warp * 32;
-    return std::all_of(
-        lanes, lanes + 32, [](const auto& f) { return f->state == State::kAtCta || f->state == State::kEnded; });
+bool any_is(State state, int first_thread, int threads) {
+    const auto first = cta.fibers.begin() + first_thread;
+    return std::any_of(first, first + threads, [&](const auto& f) { return f->state == state; });
+}
+
+bool any_is(State state) {
+    return any_is(state, 0, cta.threads);
 }
 
 // Runs a warp until all of its lanes wait for the warpgroup, for the CTA or for an mbarrier, or have ended; returns whether
@@ -153,20 +153,15 @@ bool run_warp(int warp) {
     return any_ran;
 }
 
-// Runs a warp to its next barrier. Where it waits for its warpgroup, the others of that come, too: warpgroups are not
-// kept in step with each other.
-void run_warp_to_barrier(int warp, const std::vector<int>& order) {
-    for (bool progress = run_warp(warp); progress && !at_barrier(warp);) {
+// Runs a warp to its next barrier. Where it waits for its warpgroup, those of the others that are awake come, too: warpgroups
+// are not kept in step with each other.
+void run_warp_to_barrier(int warp, const std::vector<int>& awake) {
+    for (bool progress = run_warp(warp); progress && any_is(State::kAtWarpgroup, warp * 32, 32);) {
         progress = false;
-        for (const int other : order) {
+        for (const int other : awake) {
             if (other / 4 == warp / 4) progress |= run_warp(other);
         }
     }
-}
-
-bool all_have_ended() {
-    const auto end = cta.fibers.begin() + cta.threads;
-    return std::all_of(cta.fibers.begin(), end, [](const auto& f) { return f->state == State::kEnded; });
 }
 
 // One of those on their way, whichever.
@@ -174,6 +169,21 @@ void land_bulk_copy(std::mt19937& random) {
     std::swap(cta.bulk_copies[random() % cta.bulk_copies.size()], cta.bulk_copies.back());
     cta.bulk_copies.back()();
     cta.bulk_copies.pop_back();
+    wake_at_mbarriers();
+}
+
+// All live threads wait, none of them at an mbarrier at which anybody will arrive.
+void release_cta_barrier() {
+    if (any_is(State::kAtWarpgroup))
+        fail("threads wait for threads of their warpgroup that have ended or wait for the CTA");
+    if (any_is(State::kAtMbarrier)) fail("threads wait for an mbarrier at which nobody will arrive");
+    cta.barrier_result = cta.predicate;
+    cta.predicate = false;
+    for (int thread = 0; thread < cta.threads; ++thread) {
+        Fiber& fiber = *cta.fibers[thread];
+        fiber.proxy_fences_at_barrier = fiber.proxy_fences;
+        if (fiber.state == State::kAtCta) fiber.state = State::kReady;
+    }
 }
 
 void run_cta(std::mt19937& random) {
@@ -190,38 +200,21 @@ void run_cta(std::mt19937& random) {
     cta.warpgroup_meetings.assign(warps / 4, {});
     cta.bulk_copies.clear();
     begin_products(cta.threads);
-    std::vector<int> order(warps);
+    std::vector<int> order(warps), awake;
     for (int i = 0; i < warps; ++i) order[i] = i;
-    for (bool any_left = true; any_left;) {
+    while (any_is(State::kReady)) {
         std::shuffle(order.begin(), order.end(), random);
-        bool any_idle = false;  // some warps are slower than others
+        awake.clear();
         for (const int warp : order) {
-            if (random() % 4 == 0) {
-                any_idle = true;
-            } else {
-                run_warp_to_barrier(warp, order);
-            }
+            if (random() % 4 > 0) awake.push_back(warp);  // the others are slow
         }
-        any_left = wake_at_mbarriers() || any_idle;
-        while (!cta.bulk_copies.empty() && (!any_left || random() % 4 == 0)) {
-            if (all_have_ended()) fail("all threads have ended before what the copy engine brings was there");
-            land_bulk_copy(random);
-            any_left |= wake_at_mbarriers();
-        }
-        if (any_left) continue;
-        cta.barrier_result = cta.predicate;
-        cta.predicate = false;
-        for (int thread = 0; thread < cta.threads; ++thread) {
-            Fiber& fiber = *cta.fibers[thread];
-            fiber.proxy_fences_at_barrier = fiber.proxy_fences;
-            if (fiber.state == State::kAtWarpgroup)
-                fail("threads wait for threads of their warpgroup that have ended or wait for the CTA");
-            if (fiber.state == State::kAtMbarrier) fail("threads wait for an mbarrier at which nobody will arrive");
-            if (fiber.state != State::kAtCta) continue;
-            fiber.state = State::kReady;
-            any_left = true;
-        }
+        for (const int warp : awake) run_warp_to_barrier(warp, awake);
+        wake_at_mbarriers();
+        while (!cta.bulk_copies.empty() && random() % 4 == 0) land_bulk_copy(random);
+        while (!any_is(State::kReady) && any_is(State::kAtMbarrier) && !cta.bulk_copies.empty()) land_bulk_copy(random);
+        if (!any_is(State::kReady)) release_cta_barrier();
     }
+    if (!cta.bulk_copies.empty()) fail("all threads have ended before what the copy engine brings was there");
     end_products();
 }
 
@@ -251,7 +244,9 @@ void meet(
 
 void run_grid(dim3 ctas, int threads, int shared_bytes, const std::function<void()>& body) {
     if (threads % 32 != 0) fail("CTAs of whole warps only");
-    static std::mt19937 random(1);
+    // The same for the same launch, whatever ran before.
+    const char* const seed = std::getenv("FSA_EMULATOR_SEED");
+    std::mt19937 random(std::hash<std::string>()(seed != nullptr ? seed : ""));
     while (static_cast<int>(cta.fibers.size()) < threads) cta.fibers.push_back(std::make_unique<Fiber>());
     // The slack lets shared memory begin at a multiple of 1024 bytes.
     cta.shared.assign(shared_bytes + 1024, 0);

@@ -33,7 +33,8 @@
 namespace emulator {
 
 [[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "emulator: %s\n", what);
+    const char* const seed = std::getenv("FSA_EMULATOR_SEED");
+    std::fprintf(stderr, "emulator: %s (FSA_EMULATOR_SEED=%s)\n", what, seed != nullptr ? seed : "");
     std::abort();
 }
 
@@ -69,7 +70,7 @@ void mbarrier_arrive(uint32_t address, int bytes = 0);  // which the phase waits
 void mbarrier_complete(uint32_t address, int bytes);    // such bytes have come
 void mbarrier_wait(uint32_t address, uint32_t parity);
 
-// Copies of the copy engine: they happen at some time, in any order.
+// Copies of the copy engine: they happen once the thread has gone on, one by one in random order, and tell an mbarrier.
 void defer_bulk_copy(std::function<void()> copy);
 
 // Copies of cp.async, in the order issued; they happen when waited for.
