@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import compiled
 import pytest
@@ -49,6 +50,14 @@ def kernel_arch(request: pytest.FixtureRequest) -> Iterator[None]:
     backends.set_kernel_arch(arch)
     yield
     backends.set_kernel_arch(None)
+
+
+@pytest.fixture(autouse=True)
+def emulator_seed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under the emulator, a test draws the same schedules whenever it runs; FSA_EMULATOR_SEED asks for others."""
+    seed = f"{os.environ.get('FSA_EMULATOR_SEED', '')} {request.node.nodeid}".strip()
+    with mock.patch.dict(os.environ, FSA_EMULATOR_SEED=seed):
+        yield
 
 
 @pytest.fixture

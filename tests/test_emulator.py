@@ -109,6 +109,19 @@ def test_boxes_are_there_for_those_who_wait(native: ModuleType, monkeypatch: pyt
         assert native.emulated_box_copies(MATRIX, 0) == MATRIX
 
 
+def test_launches_differ_and_a_seed_repeats_them(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_determinism compares launches, so these must differ; what a schedule found must be found again."""
+
+    def launches(seed: str) -> list[list[int]]:
+        monkeypatch.setenv("FSA_EMULATOR_SEED", seed)
+        return [native.emulated_box_copies(MATRIX, OTHER_BOX_AWAITED) for _ in range(4)]
+
+    first, other, again = launches("one"), launches("other"), launches("one")
+    assert first[0] != first[1] or first[1] != first[2]
+    assert first != other
+    assert first == again
+
+
 @pytest.mark.parametrize("mistake", (READ_TOO_SOON, BARRIER_INSTEAD, OTHER_BOX_AWAITED))
 def test_boxes_are_not_there_for_others(native: ModuleType, monkeypatch: pytest.MonkeyPatch, mistake: int) -> None:
     """Not in all orders, at least."""

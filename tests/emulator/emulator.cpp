@@ -240,13 +240,22 @@ void meet(
     for (int i = 0; i < kThreads; ++i) cta.fibers[first + i]->state = State::kReady;
 }
 
+// Starts anew when the seed changes, so that a test repeats its schedules whatever ran before; and goes on from launch to
+// launch, so that two launches of a test, whose results must be the same bits, have different ones.
+std::mt19937& drawn_schedule() {
+    static std::string seed;
+    static std::mt19937 random;
+    if (seed != schedule_seed()) {
+        seed = schedule_seed();
+        random.seed(std::hash<std::string>()(seed));
+    }
+    return random;
+}
+
 }  // namespace
 
 void run_grid(dim3 ctas, int threads, int shared_bytes, const std::function<void()>& body) {
     if (threads % 32 != 0) fail("CTAs of whole warps only");
-    // The same for the same launch, whatever ran before.
-    const char* const seed = std::getenv("FSA_EMULATOR_SEED");
-    std::mt19937 random(std::hash<std::string>()(seed != nullptr ? seed : ""));
     while (static_cast<int>(cta.fibers.size()) < threads) cta.fibers.push_back(std::make_unique<Fiber>());
     // The slack lets shared memory begin at a multiple of 1024 bytes.
     cta.shared.assign(shared_bytes + 1024, 0);
@@ -257,7 +266,7 @@ void run_grid(dim3 ctas, int threads, int shared_bytes, const std::function<void
         for (unsigned y = 0; y < ctas.y; ++y)
             for (unsigned x = 0; x < ctas.x; ++x) {
                 cta.index = dim3(x, y, z);
-                run_cta(random);
+                run_cta(drawn_schedule());
             }
 }
 

@@ -32,9 +32,14 @@
 
 namespace emulator {
 
-[[noreturn]] inline void fail(const char* what) {
+// What schedules are drawn from.
+inline const char* schedule_seed() {
     const char* const seed = std::getenv("FSA_EMULATOR_SEED");
-    std::fprintf(stderr, "emulator: %s (FSA_EMULATOR_SEED=%s)\n", what, seed != nullptr ? seed : "");
+    return seed != nullptr ? seed : "";
+}
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "emulator: %s (FSA_EMULATOR_SEED=%s)\n", what, schedule_seed());
     std::abort();
 }
 
