@@ -92,7 +92,8 @@ struct PlanParams {
 // shared by these: they attend to it query-outer, and main leaves no partials for it.
 constexpr int kQueryTile = 64;
 // There is a kernel for that, on sm_90a, for multiples of these: it takes 64 keys at a time, and partials of two heads, since
-// the copy engine writes to multiples of 128 bytes, and those of one head may have 64.
+// the copy engine writes to multiples of 128 bytes, and those of one head may have 64. Of two heads a query tile is also whole
+// units (forward/shared_units.cuh).
 constexpr int kSharedKeys = 64, kSharedHeads = 2;
 
 struct SharedBlocks {

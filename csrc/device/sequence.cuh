@@ -29,6 +29,11 @@ __device__ __forceinline__ int first_block(const Sequences& s, int sequence, int
     return clamped(s.cu_seqlens_k, sequence, s.total_k) / block_size + sequence;
 }
 
+// The same, of bounds that have been read.
+__device__ __forceinline__ int first_block(const SequenceBounds& b, int sequence, int block_size) {
+    return b.key_begin / block_size + sequence;
+}
+
 // The largest i in [0, count) with start(i) <= value; 0 when there is none.
 template <typename Start>
 __device__ __forceinline__ int last_not_after(int count, int value, Start start) {

@@ -67,9 +67,9 @@ struct SlotRow : QuerySlots {
 // head: counted from the chunk's first
 __device__ __forceinline__ QuerySlots make_query_slots(const Geometry& g, int head, int token) {
     const int sequence = sequence_of_query(g.sequences, token);
+    const SequenceBounds bounds = sequence_bounds(g.sequences, sequence);
     return {
-        last_visible_key(sequence_bounds(g.sequences, sequence), token, g.causal),
-        head * g.num_blocks + first_block(g.sequences, sequence, g.block_size)};
+        last_visible_key(bounds, token, g.causal), head * g.num_blocks + first_block(bounds, sequence, g.block_size)};
 }
 
 __device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {
@@ -92,8 +92,8 @@ __device__ __forceinline__ bool partial_exists(const Geometry& g, const QuerySlo
     return slot_attends(block_id, g.block_size, sub * g.by_subs.quotient(g.block_size), r.last_key);
 }
 
-// Requests this lane's chunk, 8 elements, of each partial of a batch; zero where there is none, for what main did not
-// write must not be read. Lane i says whether partial i exists. `from` is the lane's chunk of partial 0, `stride` the
+// Requests this lane's chunk, 8 elements, of each partial of a batch; zero where there is none, for what main did not write must
+// not count, and may be NaN. Lane i says whether partial i exists. `from` is the lane's chunk of partial 0, `stride` the
 // elements between two partials.
 template <int kLanes, typename Partial>
 __device__ __forceinline__ void load_partials(

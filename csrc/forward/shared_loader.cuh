@@ -37,6 +37,7 @@ struct UnitList {
                   last = make_unit_row(g, unit, Traits::kRows - 1).query_in_chunk;
         const int32_t* counts = p.shared.scattered_counts + static_cast<int64_t>(unit.head) * g.num_queries;
         scattered = max(__ldg(counts + min(first + lane, last)), __ldg(counts + min(first + lane + 32, last)));
+        // All of it lies behind the chunk's last query, whose counts these are.
         if (!make_unit_row(g, unit, 0).exists()) scattered = 0;
         static_assert(kQueryTile <= 64, "two queries a lane");
     }
@@ -57,7 +58,9 @@ __device__ __forceinline__ void load_sub_blocks(
         }
 }
 
+// The sub-block that a lane has.
 __device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
+    static_assert(sizeof(SharedSubBlock) == 6 * sizeof(int), "these are its fields");
     for (int* x : {&block.key_token, &block.num_keys, &block.visible_offset, &block.visible_end})
         *x = __shfl_sync(~0u, *x, lane);
     for (uint32_t& bits : block.queries.bits) bits = __shfl_sync(~0u, bits, lane);
@@ -73,8 +76,8 @@ struct LoadStarter {
     int sub_blocks = 0;           // of the next load, described so far
     bool values_missing = false;  // V of the load before is not started
 
-    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete. Lane 0 writes it, which
-    // arrives for the warp: racecheck sees no other order.
+    // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete. Lane 0 writes it, since
+    // lane 0 also arrives: racecheck does not see an order through `__syncwarp`.
     __device__ __forceinline__ void add(const Unit& unit, int index, const SharedSubBlock& block, int from) {
         const SharedSubBlock added = of_lane(block, from);
         if (threadIdx.x % 32 == 0) pipeline.load(n).blocks[sub_blocks] = added;
@@ -90,8 +93,8 @@ struct LoadStarter {
         values_missing = true;
         ++n;
     }
-    // A load that has no K and V, once its buffers are free: has others gather partials of a unit, from `first_partial` on,
-    // or says with -1 as the unit that there is nothing more.
+    // A load that has no K and V: partials of a unit from `first_partial` on, which others have copied; or -1 as the unit says
+    // that there is nothing more.
     __device__ __forceinline__ void announce(int index, int first_partial) {
         describe(index, 0, first_partial);
         pipeline.wait_empty(pipeline.state.keys_empty, n);
@@ -195,31 +198,33 @@ __device__ __forceinline__ void gather_wanted_queries(const Pipeline<Traits>& pi
     }
 }
 
-// The other loaders, kCheckers of them: hand over what has landed, with zeros for inf and NaN among the values. Loads of
-// partials they gather, in turn.
+// The other loaders, kCheckers of them: hand over what has landed, with zeros for inf and NaN among the values. Of partials
+// each of them has one copied.
 template <typename Traits>
 __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, int checker, const Sm90Params& p) {
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     constexpr int kThreads = Traits::kCheckers * 32;
+    static_assert(Traits::kCheckers == kPartialsALoad, "a partial each");
     auto& state = pipeline.state;
+    PartialCopier<Traits> copier = {pipeline, p, checker};
     for (int n = 0;; ++n) {
         pipeline.wait_described(n);
         const Load<Traits>& load = pipeline.load(n);
         if (load.unit < 0) return;
         if (load.first_partial >= 0) {
-            if (n % Traits::kCheckers == checker) {
-                const Unit unit = make_unit<Traits>(p.geometry, load.unit);
-                const unsigned existing = fetch_partial_scales(pipeline, n, p, unit, load.first_partial);
-                pipeline.wait(state.values_landed, n);
-                copy_partials(pipeline, n, p, unit, load.first_partial, existing);
+            // A barrier must not end its next phase before all who wait for this one have seen it end. The first loader waits for
+            // V's buffer late, so it says when that is free. It says nothing of K's but that K has landed: later than V, maybe.
+            if (checker == 0) {
+                copier.copy(n, load, state.keys_full, [&] { pipeline.wait_empty(state.keys_empty, n); });
             } else {
-                pipeline.wait(state.values_landed, n);
-                pipeline.arrive(state.values_full, n);
+                copier.copy(n, load, state.values_full, [&] { pipeline.wait(state.values_landed, n); });
+                pipeline.arrive(state.values_full, n);  // for the other one, who may be a load ahead
             }
             continue;
         }
         pipeline.wait(state.values_landed, n);
+        if (checker == 0) pipeline.arrive(state.keys_full, n);
         // Rows behind the sequence's end came along.
         const auto in_sequence = [&](uint32_t offset) {
             const int row = offset / Tile::kRowBytes % Tile::kNumRows;

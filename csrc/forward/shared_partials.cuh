@@ -1,4 +1,4 @@
-// The partials that main left for the rows of a unit: how loaders gather them, and how they become part of O.
+// The partials that main left for the rows of a unit: how loaders have them copied, and how they become part of O.
 #pragma once
 
 #include "device/slots.cuh"
@@ -9,90 +9,148 @@
 namespace fsa {
 namespace forward_shared {
 
-// How a warp goes through the rows of the partials of a load: a lane has a row, or the rows of a query that come together, of
-// which this is the first.
-struct PartialRow {
-    int row;      // of the unit
-    int which;    // partial of the load
-    int partial;  // of the row's scattered slots and their sub-blocks
-    int slot;
-};
-
-// Calls f(row, the how manieth) for the lane's share, all lanes at the same time: `row.which` is kPartialsALoad behind the last.
-template <typename Traits, typename F>
-__device__ __forceinline__ void for_each_partial_row(const Geometry& g, int first, int log2_rows, F&& f) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int step = 0; step << (5 + log2_rows) < kPartialsALoad * Traits::kRows; ++step) {
-        const int i = (step * 32 + lane) << log2_rows, which = min(i / Traits::kRows, kPartialsALoad);
-        const int partial = first + which;
-        f(PartialRow{i % Traits::kRows, which, partial, static_cast<int>(g.by_subs.quotient(partial))}, step);
-    }
-}
-
-// Requests log-sum-exps and exponents of the partials of load n, those of every row of the unit from `first` on; a warp. They
-// are there after cp_async_wait. Says which partials there are: bit i is the i-th of for_each_partial_row.
+// Has the copy engine bring one of the partials of a load; a warp. A lane looks after runs: rows of a query that come together,
+// 2^log2_partial_rows of them.
+//
+// Partials wait for the instructions of this warp more than for memory, so nothing but the copies themselves comes between a
+// free buffer and these: which partials there are and how they are copied is found out before.
 template <typename Traits>
-__device__ __forceinline__ unsigned fetch_partial_scales(
-    const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first) {
-    const Geometry& g = p.geometry;
-    const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head);
-    const int rows = 1 << p.log2_partial_rows;
-    unsigned existing = 0;
-    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
-        if (r.which == kPartialsALoad) return;
-        const UnitRow row = make_unit_row(g, unit, r.row);
-        const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + row.query;
-        const int block_id = r.slot < g.topk ? __ldg(p.topk_idx + query * g.topk + r.slot) : -1;
-        const QuerySlots slots = make_query_slots(g, unit.head, row.query);
-        const bool exists = row.exists() && partial_exists(g, slots, block_id, r.partial);
-        PartialScales<Traits>& scales = pipeline.partial_scales(n, r.which);
-        if (!exists) {
-            scales.exponent[r.row] = kNoPartial;
-            return;
-        }
-        existing |= 1u << step;
-        const int64_t sub_block =
-            static_cast<int64_t>(slots.first_cell + block_id) * g.subs + (r.partial - r.slot * g.subs);
-        cp_async_4(shared_address(&scales.exponent[r.row]), p.value_exponent + sub_block);
-        const float* const lse = lse_partial + row.partial_row + r.partial * g.group_size;
-#pragma unroll 1
-        for (int i = 0; i < rows; i += 2) cp_async_8(shared_address(&scales.lse[r.row + i]), lse + i);
-    });
-    cp_async_commit();
-    return existing;
-}
-
-// Has the copy engine bring the partials of load n, whose scales have been requested, once its buffers are free; values_full is
-// told to expect their bytes. Those of some neighbouring queries come at once where most of them have one: the engine's time is
-// by the box. What comes along for the others, main did not write; add_partial does not look at it.
-template <typename Traits>
-__device__ __forceinline__ void copy_partials(
-    const Pipeline<Traits>& pipeline, int n, const Sm90Params& p, const Unit& unit, int first, unsigned existing) {
+struct PartialCopier {
+    static constexpr int kRuns = (Traits::kRows / kSharedHeads + 31) / 32;  // a lane's, at most
     using Tile = typename Traits::PartialTile;
-    const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, box_queries = 1 << p.log2_box_queries;
-    const uint32_t full = pipeline.own_barrier(pipeline.state.values_full, n);
-    int bytes = 0;
-    for_each_partial_row<Traits>(g, first, p.log2_partial_rows, [&](const PartialRow& r, int step) {
-        const bool exists = existing >> step & 1;
-        const unsigned of_box = __ballot_sync(~0u, exists) >> (lane & -box_queries);
-        const bool wide = 2 * __popc(of_box & ((1u << box_queries) - 1)) > box_queries;
-        if (!(wide ? lane % box_queries == 0 : exists)) return;
-        const UnitRow row = make_unit_row(g, unit, r.row);
-        const TensorMap& map = wide ? p.wide_partial_map : p.partial_map;
-        const uint32_t to = pipeline.partial_tile(n, r.which) + r.row * Tile::kRowBytes;
+
+    struct Run {
+        UnitRow first;  // row
+        QuerySlots slots;
+    };
+    // The rows that a copy brings, which begins at a run.
+    enum class Box : unsigned { kNone, kOneQuery, kFewQueries, kUnit };
+
+    const Pipeline<Traits>& pipeline;
+    const Sm90Params& p;
+    int which;  // of the partials of a load
+    int index = -1;
+    Unit unit;
+    Run runs[kRuns];
+    int block_ids[kRuns];  // of the unit's partial that comes next
+    Box boxes[kRuns];
+    int bytes;  // of the lane's boxes
+
+    // Row of the unit where a run of the lane begins. Behind the last one: not below kRows.
+    __device__ __forceinline__ int first_row(int run) const {
+        return (run * 32 + static_cast<int>(threadIdx.x) % 32) << p.log2_partial_rows;
+    }
+    __device__ __forceinline__ void look_up_unit(int new_index) {
+        const Geometry& g = p.geometry;
+        index = new_index;
+        unit = make_unit<Traits>(g, index);
 #pragma unroll
-        for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
-            tma_load_4d(
-                to + panel * Tile::kPanelBytes, map, full, panel * Tile::kPanelColumns, row.group_head, r.partial,
-                unit.head * g.num_queries + row.query_in_chunk);
+        for (int i = 0; i < kRuns; ++i) {
+            const int row = first_row(i);
+            runs[i].first = make_unit_row(g, unit, min(row, Traits::kRows - 1));
+            if (row >= Traits::kRows) runs[i].first.partial_row = -1;
+            runs[i].slots = make_query_slots(g, unit.head, runs[i].first.query);
         }
-        bytes += (Traits::kHeadDim * 2 << p.log2_partial_rows) * (wide ? box_queries : 1);
-    });
-    cp_async_wait<0>();
-    mbarrier_arrive_expect(full, bytes);
-}
+    }
+    __device__ __forceinline__ void look_up_blocks(int partial) {
+        const Geometry& g = p.geometry;
+        const int slot = static_cast<int>(g.by_subs.quotient(partial));
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+            const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + runs[i].first.query;
+            block_ids[i] = runs[i].first.exists() && slot < g.topk ? __ldg(p.topk_idx + query * g.topk + slot) : -1;
+        }
+    }
+    // Requests log-sum-exps and exponents of the partial whose blocks have been looked up, which are there after cp_async_wait,
+    // and chooses its boxes.
+    __device__ __forceinline__ void prepare(int partial, PartialScales<Traits>& scales) {
+        const Geometry& g = p.geometry;
+        const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head) + partial * g.group_size;
+        const int sub = partial - static_cast<int>(g.by_subs.quotient(partial)) * g.subs;
+        unsigned existing[kRuns];  // bit i: the run of lane i has it
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+            const Run& run = runs[i];
+            const int row = first_row(i);
+            const bool exists = partial_exists(g, run.slots, block_ids[i], partial);
+            existing[i] = __ballot_sync(~0u, exists);
+            if (exists) {
+                const int64_t sub_block = static_cast<int64_t>(run.slots.first_cell + block_ids[i]) * g.subs + sub;
+                cp_async_4(shared_address(&scales.exponent[row]), p.value_exponent + sub_block);
+#pragma unroll 1
+                for (int k = 0; k < 1 << p.log2_partial_rows; k += 2)
+                    cp_async_8(shared_address(&scales.lse[row + k]), lse_partial + run.first.partial_row + k);
+            } else if (row < Traits::kRows) {
+                scales.exponent[row] = kNoPartial;
+            }
+        }
+        cp_async_commit();
+        choose_boxes(existing);
+    }
+    // Neighbouring queries come at once where most of them have the partial: all of a unit, or a few. What comes along for the
+    // others, main did not write, or wrote at some other time; add_partial does not look at it.
+    __device__ __forceinline__ void choose_boxes(const unsigned (&existing)[kRuns]) {
+        const int lane = threadIdx.x % 32, run_bytes = Traits::kHeadDim * 2 << p.log2_partial_rows;
+        const int few = 1 << p.log2_few_queries, all = 1 << p.log2_unit_queries;
+        int count = 0;
+#pragma unroll
+        for (const unsigned x : existing) count += __popc(x);
+        const bool together = all << p.log2_partial_rows == Traits::kRows && 2 * count > all;
+        bytes = 0;
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+            const unsigned of_few = existing[i] >> (lane & -few) & ((1u << few) - 1);
+            int queries;  // of the box
+            if (together) {
+                queries = i == 0 && lane == 0 ? all : 0;
+                boxes[i] = Box::kUnit;
+            } else if (2 * __popc(of_few) > few) {
+                queries = (lane & (few - 1)) == 0 ? few : 0;
+                boxes[i] = Box::kFewQueries;
+            } else {
+                queries = existing[i] >> lane & 1;
+                boxes[i] = Box::kOneQuery;
+            }
+            if (queries == 0) boxes[i] = Box::kNone;
+            bytes += queries * run_bytes;
+        }
+    }
+    __device__ __forceinline__ void start_copies(int partial, uint32_t tile, uint32_t full) const {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+            if (boxes[i] == Box::kNone) continue;
+            const UnitRow& row = runs[i].first;
+            const TensorMap& map = boxes[i] == Box::kUnit         ? p.unit_partial_map
+                                   : boxes[i] == Box::kFewQueries ? p.few_partial_map
+                                                                  : p.partial_map;
+#pragma unroll
+            for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
+                tma_load_4d(
+                    tile + first_row(i) * Tile::kRowBytes + panel * Tile::kPanelBytes, map, full,
+                    panel * Tile::kPanelColumns, row.group_head, partial,
+                    unit.head * p.geometry.num_queries + row.query_in_chunk);
+            }
+        }
+    }
+
+    // The partial of load n, once await_buffer() has found its buffer free; `full` is told to expect its bytes.
+    template <typename F>
+    __device__ __forceinline__ void copy(
+        int n, const Load<Traits>& load, uint64_t (&full)[Traits::kBuffers], F&& await_buffer) {
+        const int partial = load.first_partial + which;
+        if (load.unit != index) {
+            look_up_unit(load.unit);
+            look_up_blocks(partial);
+        }
+        prepare(partial, pipeline.partial_scales(n, which));
+        look_up_blocks(partial + kPartialsALoad);
+        await_buffer();
+        const uint32_t barrier = pipeline.own_barrier(full, n);
+        start_copies(partial, pipeline.partial_tile(n, which), barrier);
+        cp_async_wait<0>();
+        mbarrier_arrive_expect(barrier, bytes);
+    }
+};
 
 // O += weight * partial, of a warp's rows: 16 from `first_row` of the tile on, whose scales are those given.
 template <typename Traits>
@@ -102,7 +160,7 @@ __device__ __forceinline__ void add_partial(
     const int lane = threadIdx.x % 32;
     float lse[2], weight[2];
     int exponent[2];
-    uint32_t mask[2];  // what is in the tile where a row has no partial is of some other time
+    uint32_t mask[2];  // what is in the tile where a row has no partial is of some other time, or came along unwritten
     bool any = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

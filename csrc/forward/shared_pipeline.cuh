@@ -13,9 +13,9 @@ namespace forward_shared {
 
 struct Sm90Params : ForwardSharedParams {
     TensorMap k_map, v_map;
-    // Of o_partial: boxes of 2^log2_partial_rows heads of one query, and of such of 2^log2_box_queries queries.
-    TensorMap partial_map, wide_partial_map;
-    int log2_partial_rows, log2_box_queries;
+    // Of o_partial: boxes of 2^log2_partial_rows heads of one query, of such of a few queries, and of all queries of a unit.
+    TensorMap partial_map, few_partial_map, unit_partial_map;
+    int log2_partial_rows, log2_few_queries, log2_unit_queries;
 };
 
 constexpr int kPartialsALoad = 2;  // one where K would be, one where V would be
@@ -40,7 +40,8 @@ struct alignas(8) PartialScales {
 
 // Load n has buffer n % kBuffers, once for K and once for V; the u-th unit of a CTA has the queries' buffer
 // u % kQueryBuffers. Phase n / kBuffers (u / kQueryBuffers) of a buffer's barriers is theirs. The values of a load are
-// needed, and gone, later than its keys. Partials come as a whole: both of them are there once values_full says so.
+// needed, and gone, later than its keys. A load of partials has one where K would be, and one where V would be: they come, and
+// are done with, one by one.
 template <typename Traits>
 struct Pipeline {
     static constexpr int kDescriptions = 2 * Traits::kBuffers;
@@ -48,9 +49,10 @@ struct Pipeline {
     struct State {
         uint64_t described[kDescriptions];         // the load's description is there, for the checkers
         uint64_t keys_landed[Traits::kBuffers];    // the load's description is there, and K
+        uint64_t keys_full[Traits::kBuffers];      // the partial where K would be is there; nobody waits so for K
         uint64_t keys_empty[Traits::kBuffers];     // all warps that multiply are done
-        uint64_t values_landed[Traits::kBuffers];  // V; or both buffers are free for partials
-        uint64_t values_full[Traits::kBuffers];    // V has been looked at; or the partials are there
+        uint64_t values_landed[Traits::kBuffers];  // V; or its buffer is free
+        uint64_t values_full[Traits::kBuffers];    // V has been looked at; or the partial where it would be is there
         uint64_t values_empty[Traits::kBuffers];
         uint64_t queries_wanted[Traits::kQueryBuffers];
         uint64_t queries_full[Traits::kQueryBuffers];
@@ -108,6 +110,7 @@ struct Pipeline {
         constexpr int kConsumers = 32 * Traits::kWarps;
         for (uint64_t& barrier : state.described) mbarrier_init(shared_address(&barrier), 1);
         for (uint64_t& barrier : state.keys_landed) mbarrier_init(shared_address(&barrier), 1);
+        for (uint64_t& barrier : state.keys_full) mbarrier_init(shared_address(&barrier), 32);
         for (uint64_t& barrier : state.keys_empty) mbarrier_init(shared_address(&barrier), kConsumers);
         for (uint64_t& barrier : state.values_landed) mbarrier_init(shared_address(&barrier), 1);
         for (uint64_t& barrier : state.values_full) mbarrier_init(shared_address(&barrier), 32 * Traits::kCheckers);

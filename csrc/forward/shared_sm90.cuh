@@ -145,14 +145,15 @@ __device__ __forceinline__ void add_partials(
     OnlineSoftmax& softmax) {
     auto& state = pipeline.state;
     const auto has_partials = [&](const Load<Traits>& load) { return load.unit == index && load.first_partial >= 0; };
+    const int first_row = threadIdx.x / 32 * 16;
     for (int& n = done.loads; uniform(has_partials(pipeline.load(n)));) {
-        pipeline.wait(state.values_full, n);
-#pragma unroll 1
-        for (int i = 0; i < kPartialsALoad; ++i)
-            add_partial<Traits>(
-                o, softmax, pipeline.partial_tile(n, i), pipeline.partial_scales(n, i), log2_rows,
-                threadIdx.x / 32 * 16);
+        pipeline.wait(state.keys_full, n);
+        add_partial<Traits>(
+            o, softmax, pipeline.partial_tile(n, 0), pipeline.partial_scales(n, 0), log2_rows, first_row);
         pipeline.arrive(state.keys_empty, n);
+        pipeline.wait(state.values_full, n);
+        add_partial<Traits>(
+            o, softmax, pipeline.partial_tile(n, 1), pipeline.partial_scales(n, 1), log2_rows, first_row);
         pipeline.arrive(state.values_empty, n);
         pipeline.wait(state.keys_landed, ++n);
     }
@@ -279,16 +280,17 @@ void launch_forward_shared_sm90(const ForwardSharedParams& p, cudaStream_t strea
     const auto map = [&](const RowTensor& tensor) {
         return make_tensor_map<T, typename Traits::Box>(tensor, g.sequences.total_k, p.num_kv_heads, g.head_dim);
     };
-    // Boxes of partials: of one query, and of up to eight where one such has all heads of a group.
+    // Boxes of partials: of one query, and of several where one such has all heads of a group.
     int log2_rows = 0, log2_queries = 0;
     while (g.group_size % (2 << log2_rows) == 0 && 2 << log2_rows <= Traits::kRows) ++log2_rows;
-    while (g.group_size == 1 << log2_rows && log2_queries < 3 && 2 << (log2_rows + log2_queries) <= Traits::kRows)
-        ++log2_queries;
+    while (g.group_size == 1 << log2_rows && 2 << (log2_rows + log2_queries) <= Traits::kRows) ++log2_queries;
+    const int log2_few = min(log2_queries, 3);
     const auto partial_map = [&](int queries) {
         return make_partial_map<typename Traits::PartialTile>(p.o_partial, g, 1 << log2_rows, queries);
     };
     const forward_shared::Sm90Params params = {
-        p, map(p.k), map(p.v), partial_map(1), partial_map(1 << log2_queries), log2_rows, log2_queries};
+        p,         map(p.k), map(p.v),    partial_map(1), partial_map(1 << log2_few), partial_map(1 << log2_queries),
+        log2_rows, log2_few, log2_queries};
     const auto kernel = forward_shared::forward_shared_sm90<Traits>;
     launch("forward_shared_sm90", kernel, {dim3(sm_count()), Traits::kThreads, Traits::kSharedBytes}, params, stream);
 }

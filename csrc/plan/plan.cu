@@ -16,11 +16,12 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-// Blocks that a CTA counts in shared memory: in plan_fill 8 warps x 2048 x 4 bytes = 64 KB of it, of 96 in all. Longer
+// Blocks that a CTA counts in shared memory: in plan_fill 8 warps x 2048 x 2 bytes = 32 KB of it, of 88 in all. Longer
 // sequences (131,072 tokens in blocks of 64) are counted window by window.
 constexpr int kWindow = 2048;
 static_assert(kWindow % kPlanGroup == 0, "the cells before a window are whole groups");
 constexpr int kTileQueries = 1024;  // queries whose visible blocks lie in shared memory: 8 KB
+constexpr int kTileEdges = 8192;    // edges that plan_fill sorts in shared memory: 32 KB
 // Block ids that a thread asks for at a time: plan_count waits for memory, plan_fill for L2, and its code is longer.
 constexpr int kCountInFlight = 16;
 constexpr int kFillInFlight = 8;
@@ -98,7 +99,7 @@ __device__ __forceinline__ void load_query_blocks(
     }
 }
 
-// A tile of a part: up to kTileQueries queries.
+// A tile of a part: some of its queries.
 struct Tile {
     const QueryBlocks* blocks;  // [queries], in shared memory
     const int32_t* ids;         // of the head's edges, from the chunk's first on
@@ -126,13 +127,14 @@ struct Tile {
     }
 };
 
-// Calls f(tile, its edges) for every tile of a part, with all threads of the CTA. blocks: [kTileQueries], shared
+// Calls f(tile, its edges) for every tile of a part, with all threads of the CTA. blocks: [most_queries], shared
 template <typename F>
-__device__ __forceinline__ void for_each_tile(const PlanParams& p, const Share& share, QueryBlocks* blocks, F&& f) {
+__device__ __forceinline__ void for_each_tile(
+    const PlanParams& p, const Share& share, QueryBlocks* blocks, int most_queries, F&& f) {
     const Geometry& g = p.geometry;
     const int64_t first_query = static_cast<int64_t>(g.head_begin + share.head) * g.sequences.total_q + g.query_begin;
-    for (int begin = share.queries.begin; begin < share.queries.end; begin += kTileQueries) {
-        const Run queries = {begin, min(begin + kTileQueries, share.queries.end)};
+    for (int begin = share.queries.begin; begin < share.queries.end; begin += most_queries) {
+        const Run queries = {begin, min(begin + most_queries, share.queries.end)};
         __syncthreads();  // the tile before is done with
         load_query_blocks(blocks, g, queries, share.window_begin);
         __syncthreads();
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) plan_count(const __grid_constant__ P
     __shared__ QueryBlocks tile_blocks[kTileQueries];
     const Share share = own_share(p);
     for (int i = threadIdx.x; i < share.window; i += kThreads) counts[i] = 0;
-    for_each_tile(p, share, tile_blocks, [&](const Tile& tile, const Run& edges) {
+    for_each_tile(p, share, tile_blocks, kTileQueries, [&](const Tile& tile, const Run& edges) {
 #pragma unroll 1
         for (int first = edges.begin + threadIdx.x; first < edges.end; first += kCountInFlight * kThreads) {
             int blocks[kCountInFlight];
@@ -306,40 +308,75 @@ __device__ __forceinline__ void store_work_items(
 struct FillMemory {
     QueryBlocks* tile_blocks;  // [kTileQueries]
     EdgesAndItems* sums;       // [kWarps]
-    EdgesAndItems* offsets;    // [window + 1]
     int* cta_next;             // [window]: where the next tile's first edge of a block goes
-    int* warp_next;            // [kWarps][window]: the same of a warp inside a tile
+    int* base;                 // [window]: what a block's edges are from where they lie in `sorted`
+    // [kWarps / 2][window][2]: a warp's edges of a block in the tile, then where the next of them goes in `sorted`.
+    uint16_t* warp_next;
+    EdgesAndItems* offsets;  // [window + 1], before the first tile
+    uint32_t* sorted;  // [kTileEdges]: block << 16 | edge, counted from the tile's first, by block; where offsets were
 };
 
 constexpr int fill_memory_bytes(int window) {
-    return kTileQueries * static_cast<int>(sizeof(QueryBlocks)) +
-           (kWarps + window + 1) * static_cast<int>(sizeof(EdgesAndItems)) +
-           (window + kWarps * window) * static_cast<int>(sizeof(int));
+    constexpr int kSorted = kTileEdges * static_cast<int>(sizeof(uint32_t));
+    const int offsets = (window + 1) * static_cast<int>(sizeof(EdgesAndItems));
+    return kTileQueries * static_cast<int>(sizeof(QueryBlocks)) + kWarps * static_cast<int>(sizeof(EdgesAndItems)) +
+           window * static_cast<int>(2 * sizeof(int) + kWarps * sizeof(uint16_t)) +
+           (offsets > kSorted ? offsets : kSorted);
 }
 static_assert(fill_memory_bytes(kWindow) <= 99 * 1024, "what a CTA of any GPU from sm_80 on may have");
+static_assert(kWindow <= 1 << 16 && kTileEdges <= 1 << 16, "16 bits each");
 
 __device__ __forceinline__ FillMemory carve_fill_memory(void* shared, int window) {
     FillMemory m;
     m.tile_blocks = static_cast<QueryBlocks*>(shared);
     m.sums = reinterpret_cast<EdgesAndItems*>(m.tile_blocks + kTileQueries);
     m.offsets = m.sums + kWarps;
-    m.cta_next = reinterpret_cast<int*>(m.offsets + window + 1);
-    m.warp_next = m.cta_next + window;
+    m.sorted = reinterpret_cast<uint32_t*>(m.offsets);
+    const int common = max((window + 1) * static_cast<int>(sizeof(EdgesAndItems)), kTileEdges * 4);
+    m.cta_next = reinterpret_cast<int*>(reinterpret_cast<char*>(m.offsets) + common);
+    m.base = m.cta_next + window;
+    m.warp_next = reinterpret_cast<uint16_t*>(m.base + window);
     return m;
 }
 
-// What the warps counted in a tile becomes where they write: a warp starts where the one before ends.
-__device__ __forceinline__ void counts_to_positions(const FillMemory& shared, int window) {
-    for (int i = threadIdx.x; i < window; i += kThreads) {
-        int next = shared.cta_next[i];
+// The counters of a warp, as it adds to them and as it reads them: of two warps in a word.
+struct WarpCounters {
+    uint32_t* words;
+    int half;
+
+    __device__ __forceinline__ WarpCounters(const FillMemory& shared, int warp, int window)
+        : words(reinterpret_cast<uint32_t*>(shared.warp_next) + warp / 2 * window), half(warp % 2) {}
+    __device__ __forceinline__ void increment(int block) const {
+        atomicAdd(&words[block], 1u << 16 * half);
+    }
+    __device__ __forceinline__ uint16_t& operator[](int block) const {
+        return reinterpret_cast<uint16_t*>(words + block)[half];
+    }
+};
+
+// What the warps counted in a tile becomes where they write: blocks one after the other, and in a block a warp starts where the
+// one before ends. Returns the edges of the tile.
+__device__ __forceinline__ int counts_to_positions(const FillMemory& shared, int window) {
+    const Run own = split({0, window}, kThreads, threadIdx.x);
+    int sum = 0;
+    for (int i = own.begin; i < own.end; ++i)
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) sum += WarpCounters(shared, warp, window)[i];
+    const PrefixSum of_threads = cta_prefix_sum({sum, 0}, shared.sums);
+    int next = of_threads.before.edges;
+    for (int i = own.begin; i < own.end; ++i) {
+        const int first = next;
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) {
-            const int count = shared.warp_next[warp * window + i];
-            shared.warp_next[warp * window + i] = next;
+            uint16_t& counter = WarpCounters(shared, warp, window)[i];
+            const int count = counter;
+            counter = static_cast<uint16_t>(next);
             next += count;
         }
-        shared.cta_next[i] = next;
+        shared.base[i] = shared.cta_next[i] - first;
+        shared.cta_next[i] += next - first;
     }
+    return of_threads.total.edges;
 }
 
 // Two CTAs an SM: tiling.plan_parts makes that many.
@@ -350,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
     const Share share = own_share(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, window = share.window;
     const FillMemory shared = carve_fill_memory(dynamic_shared_memory(), window);
-    int* next = shared.warp_next + warp * window;
+    const WarpCounters next(shared, warp, window);
 
     load_offsets(shared.offsets, shared.sums, p, share);
     store_work_items(shared.offsets, p, share);
@@ -358,21 +395,23 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
         shared.cta_next[i] = shared.offsets[i].edges + p.counts[share.counts + i];
     }
 
-    for_each_tile(p, share, shared.tile_blocks, [&](const Tile& tile, const Run& edges) {
+    const int tile_queries = max(1, min(kTileQueries, kTileEdges / p.geometry.topk));
+    for_each_tile(p, share, shared.tile_blocks, tile_queries, [&](const Tile& tile, const Run& edges) {
         const Run own = split(edges, kWarps, warp);
-        for (int i = lane; i < window; i += 32) next[i] = 0;
-        __syncwarp();
+        for (int i = threadIdx.x; i < kWarps / 2 * window; i += kThreads)
+            reinterpret_cast<uint32_t*>(shared.warp_next)[i] = 0;
+        __syncthreads();
 #pragma unroll 1
         for (int first = own.begin + lane; first - lane < own.end; first += kFillInFlight * 32) {
             int blocks[kFillInFlight];
             tile.load_blocks<32>(blocks, first, own.end);
 #pragma unroll
             for (const int block : blocks) {
-                if (block >= 0) atomicAdd(&next[block], 1);
+                if (block >= 0) next.increment(block);
             }
         }
         __syncthreads();
-        counts_to_positions(shared, window);
+        const int num_edges = counts_to_positions(shared, window);
         __syncthreads();
 
 #pragma unroll 1
@@ -386,11 +425,18 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
             for (int i = 0; i < kFillInFlight; ++i) {
                 const int block = blocks[i], rank = __popc(peers[i] & ((1u << lane) - 1));
                 const int position = block >= 0 ? next[block] : 0;
-                if (block >= 0) p.csr_edges[position + rank] = first + i * 32;
+                if (block >= 0)
+                    shared.sorted[position + rank] =
+                        static_cast<uint32_t>(block) << 16 | (first + i * 32 - edges.begin);
                 __syncwarp();
-                if (block >= 0 && rank == 0) next[block] = position + __popc(peers[i]);
+                if (block >= 0 && rank == 0) next[block] = static_cast<uint16_t>(position + __popc(peers[i]));
                 __syncwarp();
             }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < num_edges; i += kThreads) {
+            const uint32_t edge = shared.sorted[i];
+            p.csr_edges[shared.base[edge >> 16] + i] = edges.begin + static_cast<int>(edge & 0xffff);
         }
     });
 }
