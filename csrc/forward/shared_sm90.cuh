@@ -147,14 +147,13 @@ __device__ __forceinline__ void add_partials(
     const auto has_partials = [&](const Load<Traits>& load) { return load.unit == index && load.first_partial >= 0; };
     const int first_row = threadIdx.x / 32 * 16;
     for (int& n = done.loads; uniform(has_partials(pipeline.load(n)));) {
-        pipeline.wait(state.keys_full, n);
-        add_partial<Traits>(
-            o, softmax, pipeline.partial_tile(n, 0), pipeline.partial_scales(n, 0), log2_rows, first_row);
-        pipeline.arrive(state.keys_empty, n);
-        pipeline.wait(state.values_full, n);
-        add_partial<Traits>(
-            o, softmax, pipeline.partial_tile(n, 1), pipeline.partial_scales(n, 1), log2_rows, first_row);
-        pipeline.arrive(state.values_empty, n);
+#pragma unroll 1
+        for (int i = 0; i < kPartialsALoad; ++i) {
+            pipeline.wait(i == 0 ? state.keys_full : state.values_full, n);
+            add_partial<Traits>(
+                o, softmax, pipeline.partial_tile(n, i), pipeline.partial_scales(n, i), log2_rows, first_row);
+            pipeline.arrive(i == 0 ? state.keys_empty : state.values_empty, n);
+        }
         pipeline.wait(state.keys_landed, ++n);
     }
 }
