@@ -55,6 +55,8 @@ CASES = (
     Case("many_wide_heads", (10,), (90,), 1, 128, 200, 2, 64),
     Case("many_slots", (80,), (200,), 1, 4, 136, 21, 64),
     Case("chunk", (90, 160), (90, 175), 3, 2, 16, 4, 128, heads=(1, 3), queries=(37, 190)),
+    Case("four_heads", (100, 64), (400, 200), 2, 4, 128, 8, 64, causal=False),
+    Case("sixteen_heads", (130,), (300,), 1, 16, 128, 8, 64, causal=False),
     *LONG_LISTS,
 )
 

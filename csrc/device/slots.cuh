@@ -92,9 +92,9 @@ __device__ __forceinline__ bool partial_exists(const Geometry& g, const QuerySlo
     return slot_attends(block_id, g.block_size, sub * g.by_subs.quotient(g.block_size), r.last_key);
 }
 
-// Requests this lane's chunk, 8 elements, of each partial of a batch; zero where there is none, for what main did not write must
-// not count, and may be NaN. Lane i says whether partial i exists. `from` is the lane's chunk of partial 0, `stride` the
-// elements between two partials.
+// Requests this lane's chunk, 8 elements, of each partial of a batch; zero where there is none, for what main did not
+// write must not count, and may be NaN. Lane i says whether partial i exists. `from` is the lane's chunk of partial 0,
+// `stride` the elements between two partials.
 template <int kLanes, typename Partial>
 __device__ __forceinline__ void load_partials(
     uint4 (&chunks)[ReduceTraits<kLanes>::kBatch], const Partial* from, int64_t stride, bool exists,

@@ -213,14 +213,17 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
         const Load<Traits>& load = pipeline.load(n);
         if (load.unit < 0) return;
         if (load.first_partial >= 0) {
-            // A barrier must not end its next phase before all who wait for this one have seen it end. The first loader waits for
-            // V's buffer late, so it says when that is free. It says nothing of K's but that K has landed: later than V, maybe.
-            if (checker == 0) {
-                copier.copy(n, load, state.keys_full, [&] { pipeline.wait_empty(state.keys_empty, n); });
-            } else {
-                copier.copy(n, load, state.values_full, [&] { pipeline.wait(state.values_landed, n); });
-                pipeline.arrive(state.values_full, n);  // for the other one, who may be a load ahead
-            }
+            // A barrier must not end its next phase before all who wait for this one have seen it end. The first loader
+            // waits for V's buffer late, so it says when that is free. It says nothing of K's but that K has landed: later
+            // than V, maybe.
+            copier.copy(n, load, checker == 0 ? state.keys_full : state.values_full, [&] {
+                if (checker == 0) {
+                    pipeline.wait_empty(state.keys_empty, n);
+                } else {
+                    pipeline.wait(state.values_landed, n);
+                }
+            });
+            if (checker > 0) pipeline.arrive(state.values_full, n);  // for the other one, who may be a load ahead
             continue;
         }
         pipeline.wait(state.values_landed, n);

@@ -147,6 +147,7 @@ __device__ __forceinline__ void add_partials(
     const auto has_partials = [&](const Load<Traits>& load) { return load.unit == index && load.first_partial >= 0; };
     const int first_row = threadIdx.x / 32 * 16;
     for (int& n = done.loads; uniform(has_partials(pipeline.load(n)));) {
+        // Not unrolled: warps that go from partials to keys and back wait for instructions (docs/performance.md).
 #pragma unroll 1
         for (int i = 0; i < kPartialsALoad; ++i) {
             pipeline.wait(i == 0 ? state.keys_full : state.values_full, n);

@@ -3,7 +3,8 @@
 // A part is a run of query tokens inside a range, which one CTA counts (plan_count) and later fills in (plan_fill);
 // there, every warp owns a run of its own. Prefix sums over the cells, over the parts of a cell (plan_prefix) and over
 // the warps of a part say where each warp writes, so the edges of a cell come in the order of the queries and no two
-// runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics.
+// runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics. plan_fill puts
+// some queries' edges in order in shared memory first: then those of a cell are stored together.
 #include "plan/plan.h"
 
 #include "device/chunk_grid.cuh"
