@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# At 65,536 tokens within 5 % of no limit; 1 GiB is within 7 % (docs/performance.md). Partials of usual shapes are a power
-# of two, and what else a chunk needs comes on top.
+# At 65,536 tokens within 5 % of no limit; 1 GiB is within 7 % (docs/performance.md). Partials of usual shapes are a
+# power of two, and what else a chunk needs comes on top.
 _DEFAULT_LIMIT = 2560 << 20
 
 
