@@ -15,6 +15,6 @@ def test_set_workspace_limit(workspace_limit: None) -> None:
 
 def test_limit_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FSA_WORKSPACE_LIMIT_MIB", raising=False)
-    assert workspace._limit_from_environment() == 1 << 30
+    assert workspace._limit_from_environment() == 2560 << 20
     monkeypatch.setenv("FSA_WORKSPACE_LIMIT_MIB", "256")
     assert workspace._limit_from_environment() == 256 << 20
