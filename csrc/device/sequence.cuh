@@ -24,14 +24,13 @@ __device__ __forceinline__ SequenceBounds sequence_bounds(const Sequences& s, in
 }
 
 // The block ids of sequence b stand at first_block(b) + id among all blocks. ceil(length / block_size) of them never
-// reach first_block(b + 1), so the ranges need no prefix sum.
-__device__ __forceinline__ int first_block(const Sequences& s, int sequence, int block_size) {
-    return clamped(s.cu_seqlens_k, sequence, s.total_k) / block_size + sequence;
+// reach first_block(b + 1), so the ranges need no prefix sum. key_begin: the sequence's
+__device__ __forceinline__ int first_block(int key_begin, int sequence, int block_size) {
+    return key_begin / block_size + sequence;
 }
 
-// The same, of bounds that have been read.
-__device__ __forceinline__ int first_block(const SequenceBounds& b, int sequence, int block_size) {
-    return b.key_begin / block_size + sequence;
+__device__ __forceinline__ int first_block(const Sequences& s, int sequence, int block_size) {
+    return first_block(clamped(s.cu_seqlens_k, sequence, s.total_k), sequence, block_size);
 }
 
 // The largest i in [0, count) with start(i) <= value; 0 when there is none.

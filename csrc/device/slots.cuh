@@ -69,7 +69,8 @@ __device__ __forceinline__ QuerySlots make_query_slots(const Geometry& g, int he
     const int sequence = sequence_of_query(g.sequences, token);
     const SequenceBounds bounds = sequence_bounds(g.sequences, sequence);
     return {
-        last_visible_key(bounds, token, g.causal), head * g.num_blocks + first_block(bounds, sequence, g.block_size)};
+        last_visible_key(bounds, token, g.causal),
+        head * g.num_blocks + first_block(bounds.key_begin, sequence, g.block_size)};
 }
 
 __device__ __forceinline__ SlotRow load_slot_row(const Geometry& g, int row) {

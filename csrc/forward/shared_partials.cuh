@@ -9,21 +9,21 @@
 namespace fsa {
 namespace forward_shared {
 
-// Has the copy engine bring one of the partials of a load; a warp. A lane looks after runs: rows of a query that come together,
-// 2^log2_partial_rows of them.
+// Has the copy engine bring one of the partials of a load; a warp. A lane looks after pieces: rows of a query that come
+// together, 2^log2_partial_rows of them.
 //
 // Partials wait for the instructions of this warp more than for memory, so nothing but the copies themselves comes between a
 // free buffer and these: which partials there are and how they are copied is found out before.
 template <typename Traits>
 struct PartialCopier {
-    static constexpr int kRuns = (Traits::kRows / kSharedHeads + 31) / 32;  // a lane's, at most
+    static constexpr int kPieces = (Traits::kRows / kSharedHeads + 31) / 32;  // a lane's, at most
     using Tile = typename Traits::PartialTile;
 
-    struct Run {
+    struct Piece {
         UnitRow first;  // row
         QuerySlots slots;
     };
-    // The rows that a copy brings, which begins at a run.
+    // The rows that a copy brings, which begins at a piece.
     enum class Box : unsigned { kNone, kOneQuery, kFewQueries, kUnit };
 
     const Pipeline<Traits>& pipeline;
@@ -31,34 +31,34 @@ struct PartialCopier {
     int which;  // of the partials of a load
     int index = -1;
     Unit unit;
-    Run runs[kRuns];
-    int block_ids[kRuns];  // of the unit's partial that comes next
-    Box boxes[kRuns];
+    Piece pieces[kPieces];
+    int block_ids[kPieces];  // of the unit's partial that comes next
+    Box boxes[kPieces];
     int bytes;  // of the lane's boxes
 
-    // Row of the unit where a run of the lane begins. Behind the last one: not below kRows.
-    __device__ __forceinline__ int first_row(int run) const {
-        return (run * 32 + static_cast<int>(threadIdx.x) % 32) << p.log2_partial_rows;
+    // Row of the unit where a piece of the lane begins. Behind the last one: not below kRows.
+    __device__ __forceinline__ int first_row(int piece) const {
+        return (piece * 32 + static_cast<int>(threadIdx.x) % 32) << p.log2_partial_rows;
     }
     __device__ __forceinline__ void look_up_unit(int new_index) {
         const Geometry& g = p.geometry;
         index = new_index;
         unit = make_unit<Traits>(g, index);
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
+        for (int i = 0; i < kPieces; ++i) {
             const int row = first_row(i);
-            runs[i].first = make_unit_row(g, unit, min(row, Traits::kRows - 1));
-            if (row >= Traits::kRows) runs[i].first.partial_row = -1;
-            runs[i].slots = make_query_slots(g, unit.head, runs[i].first.query);
+            pieces[i].first = make_unit_row(g, unit, min(row, Traits::kRows - 1));
+            if (row >= Traits::kRows) pieces[i].first.partial_row = -1;
+            pieces[i].slots = make_query_slots(g, unit.head, pieces[i].first.query);
         }
     }
     __device__ __forceinline__ void look_up_blocks(int partial) {
         const Geometry& g = p.geometry;
         const int slot = static_cast<int>(g.by_subs.quotient(partial));
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-            const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + runs[i].first.query;
-            block_ids[i] = runs[i].first.exists() && slot < g.topk ? __ldg(p.topk_idx + query * g.topk + slot) : -1;
+        for (int i = 0; i < kPieces; ++i) {
+            const int64_t query = static_cast<int64_t>(unit.kv_head) * g.sequences.total_q + pieces[i].first.query;
+            block_ids[i] = pieces[i].first.exists() && slot < g.topk ? __ldg(p.topk_idx + query * g.topk + slot) : -1;
         }
     }
     // Requests log-sum-exps and exponents of the partial whose blocks have been looked up, which are there after cp_async_wait,
@@ -67,19 +67,19 @@ struct PartialCopier {
         const Geometry& g = p.geometry;
         const float* const lse_partial = p.lse_partial + first_partial_row(g, unit.head) + partial * g.group_size;
         const int sub = partial - static_cast<int>(g.by_subs.quotient(partial)) * g.subs;
-        unsigned existing[kRuns];  // bit i: the run of lane i has it
+        unsigned existing[kPieces];  // bit i: the piece of lane i has it
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-            const Run& run = runs[i];
+        for (int i = 0; i < kPieces; ++i) {
+            const Piece& piece = pieces[i];
             const int row = first_row(i);
-            const bool exists = partial_exists(g, run.slots, block_ids[i], partial);
+            const bool exists = partial_exists(g, piece.slots, block_ids[i], partial);
             existing[i] = __ballot_sync(~0u, exists);
             if (exists) {
-                const int64_t sub_block = static_cast<int64_t>(run.slots.first_cell + block_ids[i]) * g.subs + sub;
+                const int64_t sub_block = static_cast<int64_t>(piece.slots.first_cell + block_ids[i]) * g.subs + sub;
                 cp_async_4(shared_address(&scales.exponent[row]), p.value_exponent + sub_block);
 #pragma unroll 1
                 for (int k = 0; k < 1 << p.log2_partial_rows; k += 2)
-                    cp_async_8(shared_address(&scales.lse[row + k]), lse_partial + run.first.partial_row + k);
+                    cp_async_8(shared_address(&scales.lse[row + k]), lse_partial + piece.first.partial_row + k);
             } else if (row < Traits::kRows) {
                 scales.exponent[row] = kNoPartial;
             }
@@ -89,8 +89,8 @@ struct PartialCopier {
     }
     // Neighbouring queries come at once where most of them have the partial: all of a unit, or a few. What comes along for the
     // others, main did not write, or wrote at some other time; add_partial does not look at it.
-    __device__ __forceinline__ void choose_boxes(const unsigned (&existing)[kRuns]) {
-        const int lane = threadIdx.x % 32, run_bytes = Traits::kHeadDim * 2 << p.log2_partial_rows;
+    __device__ __forceinline__ void choose_boxes(const unsigned (&existing)[kPieces]) {
+        const int lane = threadIdx.x % 32, piece_bytes = Traits::kHeadDim * 2 << p.log2_partial_rows;
         const int few = 1 << p.log2_few_queries, all = 1 << p.log2_unit_queries;
         int count = 0;
 #pragma unroll
@@ -98,7 +98,7 @@ struct PartialCopier {
         const bool together = all << p.log2_partial_rows == Traits::kRows && 2 * count > all;
         bytes = 0;
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
+        for (int i = 0; i < kPieces; ++i) {
             const unsigned of_few = existing[i] >> (lane & -few) & ((1u << few) - 1);
             int queries;  // of the box
             if (together) {
@@ -112,14 +112,14 @@ struct PartialCopier {
                 boxes[i] = Box::kOneQuery;
             }
             if (queries == 0) boxes[i] = Box::kNone;
-            bytes += queries * run_bytes;
+            bytes += queries * piece_bytes;
         }
     }
     __device__ __forceinline__ void start_copies(int partial, uint32_t tile, uint32_t full) const {
 #pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
+        for (int i = 0; i < kPieces; ++i) {
             if (boxes[i] == Box::kNone) continue;
-            const UnitRow& row = runs[i].first;
+            const UnitRow& row = pieces[i].first;
             const TensorMap& map = boxes[i] == Box::kUnit         ? p.unit_partial_map
                                    : boxes[i] == Box::kFewQueries ? p.few_partial_map
                                                                   : p.partial_map;
