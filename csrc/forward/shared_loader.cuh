@@ -227,7 +227,11 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
             continue;
         }
         pipeline.wait(state.values_landed, n);
-        if (checker == 0) pipeline.arrive(state.keys_full, n);
+        // So that the barrier has a phase a load. synccheck wants that whoever arrives waits, too.
+        if (checker == 0) {
+            pipeline.arrive(state.keys_full, n);
+            pipeline.wait(state.keys_full, n);
+        }
         // Rows behind the sequence's end came along.
         const auto in_sequence = [&](uint32_t offset) {
             const int row = offset / Tile::kRowBytes % Tile::kNumRows;

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
         shared.cta_next[i] = shared.offsets[i].edges + p.counts[share.counts + i];
     }
 
-    const int tile_queries = max(1, min(kTileQueries, kTileEdges / p.geometry.topk));
+    const int tile_queries = min(kTileQueries, kTileEdges / p.geometry.topk);
     for_each_tile(p, share, shared.tile_blocks, tile_queries, [&](const Tile& tile, const Run& edges) {
         const Run own = split(edges, kWarps, warp);
         for (int i = threadIdx.x; i < kWarps / 2 * window; i += kThreads) shared.warp_next[i] = 0;
