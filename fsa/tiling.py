@@ -72,16 +72,6 @@ def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks
     return max(1, min(ceil_div(num_queries, queries_in_l2), most))
 
 
-def pays_to_share_blocks(group_size: int) -> bool:
-    """Whether the forward attends query-outer to blocks that neighbouring queries share.
-
-    On an H200 at 65,536 tokens that took 5 to 11 % off the forward of a random selection from group 4 on, with work
-    items half as long as now, and a third of a coherent one at group 16; at group 2, where a query tile has fewer rows
-    for the same keys, it costs 9 %.
-    """
-    return group_size > 2
-
-
 def query_tiles(num_queries: int) -> int:
     """Query tiles of a chunk."""
     return ceil_div(num_queries, _QUERY_TILE)

@@ -58,15 +58,6 @@ __device__ __forceinline__ void load_sub_blocks(
         }
 }
 
-// The sub-block that a lane has.
-__device__ __forceinline__ SharedSubBlock of_lane(SharedSubBlock block, int lane) {
-    static_assert(sizeof(SharedSubBlock) == 6 * sizeof(int), "these are its fields");
-    for (int* x : {&block.key_token, &block.num_keys, &block.visible_offset, &block.visible_end})
-        *x = __shfl_sync(~0u, *x, lane);
-    for (uint32_t& bits : block.queries.bits) bits = __shfl_sync(~0u, bits, lane);
-    return block;
-}
-
 // Starts the loads of a CTA, one after the other, K of each before V of the one before: it is needed first. A warp.
 template <typename Traits>
 struct LoadStarter {
@@ -79,8 +70,15 @@ struct LoadStarter {
     // Adds a sub-block, which lane `from` has, to the next load; starts that when it is complete. Lane 0 writes it, since
     // lane 0 also arrives: racecheck does not see an order through `__syncwarp`.
     __device__ __forceinline__ void add(const Unit& unit, int index, const SharedSubBlock& block, int from) {
-        const SharedSubBlock added = of_lane(block, from);
-        if (threadIdx.x % 32 == 0) pipeline.load(n).blocks[sub_blocks] = added;
+        SharedSubBlock& added = pipeline.load(n).blocks[sub_blocks];
+        const auto copy = [&](auto& to, auto x) {
+            x = __shfl_sync(~0u, x, from);
+            if (threadIdx.x % 32 == 0) to = x;
+        };
+        for (int i = 0; i < 2; ++i) copy(added.queries.bits[i], block.queries.bits[i]);
+        copy(added.key_token, block.key_token);
+        copy(added.visible_offset, block.visible_offset);
+        copy(added.visible_end, block.visible_end);
         if (++sub_blocks < Traits::kSubBlocks) return;
         sub_blocks = 0;
         describe(index, unit.kv_head, -1);
@@ -133,23 +131,17 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32, subs = g.block_size / Traits::kSubBlockKeys;
     const int num_units = p.shared.num_tiles * g.num_heads * units_a_tile<Traits>(g);
-    int ahead = lane == 0 ? atomicAdd(p.shared.next, 1) : 0;  // claimed long before it is asked for
-    const auto claim = [&] {
-        const int index = __shfl_sync(~0u, ahead, 0);
-        if (lane == 0) ahead = atomicAdd(p.shared.next, 1);
-        return index;
-    };
+    const auto claim = [&] { return lane == 0 ? atomicAdd(p.shared.next, 1) : 0; };  // lane 0 knows
     LoadStarter<Traits> loads = {pipeline, p};
-    int index = claim();
-    UnitList next;
-    if (index < num_units) next.fetch<Traits>(p, make_unit<Traits>(g, index), subs);
+    int index = __shfl_sync(~0u, claim(), 0);
+    UnitList list;
+    if (index < num_units) list.fetch<Traits>(p, make_unit<Traits>(g, index), subs);
     for (int u = 0;; ++u) {
         pipeline.want_queries(u, index < num_units ? index : -1);
         if (index >= num_units) break;
         const Unit unit = make_unit<Traits>(g, index);
-        UnitList list = next;
-        const int next_index = claim(), first_load = loads.n;
-        if (next_index < num_units) next.fetch<Traits>(p, make_unit<Traits>(g, next_index), subs);
+        const int first_load = loads.n;
+        int next_index = claim();  // long before it is asked for
 
         const int num_partials =
             static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(list.scattered))) * g.subs;
@@ -157,22 +149,28 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
 
         const TileQueries own_queries = queries_of_unit<Traits>(g, unit);
         const int end = list.num_blocks * subs;
-        for (int first = 0; first < end; first += 32) {
+        int first = 0;
+        do {
             const int i = first + lane;
-            SharedSubBlock own = {};
+            SharedSubBlock own = SharedSubBlock::none();
             if (i < end) own = make_sub_block<Traits>(g, list.entry, i - i / subs * subs);
-            if (first + 32 < end) list.fetch_blocks(p, unit, first + 32, subs);
-            const bool wanted = own.num_keys > 0 && own.queries.overlap(own_queries);
+            first += 32;
+            if (first < end) {
+                list.fetch_blocks(p, unit, first, subs);
+            } else {
+                next_index = __shfl_sync(~0u, next_index, 0);
+                if (next_index < num_units) list.fetch<Traits>(p, make_unit<Traits>(g, next_index), subs);
+            }
+            const bool wanted = own.num_keys<Traits>() > 0 && own.queries.overlap(own_queries);
             unsigned left = __ballot_sync(~0u, wanted);
-            // What the last load lacks is some sub-block, without queries.
-            while (left != 0 || (first + 32 >= end && loads.sub_blocks > 0)) {
-                if (left == 0) own.queries = {{0, 0}}, own.num_keys = 0;
+            // What the last load lacks is some sub-block, without queries. Rows that attend to nothing have results, too.
+            const auto lacks_some = [&] { return loads.sub_blocks > 0 || loads.n == first_load; };
+            while (left != 0 || (first >= end && lacks_some())) {
+                if (left == 0) own = SharedSubBlock::none();
                 loads.add(unit, index, own, left == 0 ? 0 : __ffs(left) - 1);
                 left &= left - 1;
             }
-        }
-        // Rows that attend to nothing have results, too.
-        if (loads.n == first_load) loads.announce(index, 0);
+        } while (first < end);
         index = next_index;
     }
     loads.announce(-1, 0);
@@ -235,7 +233,7 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
         // Rows behind the sequence's end came along.
         const auto in_sequence = [&](uint32_t offset) {
             const int row = offset / Tile::kRowBytes % Tile::kNumRows;
-            return row % Traits::kSubBlockKeys < load.blocks[row / Traits::kSubBlockKeys].num_keys;
+            return row % Traits::kSubBlockKeys < load.blocks[row / Traits::kSubBlockKeys].template num_keys<Traits>();
         };
         const bool nonfinite =
             __any_sync(~0u, zero_nonfinite_in_share<T, Tile::kBytes, kThreads>(pipeline.v_tile(n), in_sequence));

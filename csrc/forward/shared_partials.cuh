@@ -23,8 +23,6 @@ struct PartialCopier {
         UnitRow first;  // row
         QuerySlots slots;
     };
-    // The rows that a copy brings, which begins at a piece.
-    enum class Box : unsigned { kNone, kOneQuery, kFewQueries, kUnit };
 
     const Pipeline<Traits>& pipeline;
     const Sm90Params& p;
@@ -32,9 +30,8 @@ struct PartialCopier {
     int index = -1;
     Unit unit;
     Piece pieces[kPieces];
-    int block_ids[kPieces];  // of the unit's partial that comes next
-    Box boxes[kPieces];
-    int bytes;  // of the lane's boxes
+    int block_ids[kPieces];    // of the unit's partial that comes next
+    int box_queries[kPieces];  // that a copy brings, beginning at the piece; 0: there is none
 
     // Row of the unit where a piece of the lane begins. Behind the last one: not below kRows.
     __device__ __forceinline__ int first_row(int piece) const {
@@ -90,39 +87,34 @@ struct PartialCopier {
     // Neighbouring queries come at once where most of them have the partial: all of a unit, or a few. What comes along for the
     // others, main did not write, or wrote at some other time; add_partial does not look at it.
     __device__ __forceinline__ void choose_boxes(const unsigned (&existing)[kPieces]) {
-        const int lane = threadIdx.x % 32, piece_bytes = Traits::kHeadDim * 2 << p.log2_partial_rows;
-        const int few = 1 << p.log2_few_queries, all = 1 << p.log2_unit_queries;
+        const int lane = threadIdx.x % 32, few = 1 << p.log2_few_queries, all = 1 << p.log2_unit_queries;
         int count = 0;
 #pragma unroll
         for (const unsigned x : existing) count += __popc(x);
         const bool together = all << p.log2_partial_rows == Traits::kRows && 2 * count > all;
-        bytes = 0;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
             const unsigned of_few = existing[i] >> (lane & -few) & ((1u << few) - 1);
-            int queries;  // of the box
             if (together) {
-                queries = i == 0 && lane == 0 ? all : 0;
-                boxes[i] = Box::kUnit;
+                box_queries[i] = i == 0 && lane == 0 ? all : 0;
             } else if (2 * __popc(of_few) > few) {
-                queries = (lane & (few - 1)) == 0 ? few : 0;
-                boxes[i] = Box::kFewQueries;
+                box_queries[i] = (lane & (few - 1)) == 0 ? few : 0;
             } else {
-                queries = existing[i] >> lane & 1;
-                boxes[i] = Box::kOneQuery;
+                box_queries[i] = existing[i] >> lane & 1;
             }
-            if (queries == 0) boxes[i] = Box::kNone;
-            bytes += queries * piece_bytes;
         }
     }
-    __device__ __forceinline__ void start_copies(int partial, uint32_t tile, uint32_t full) const {
+    // Returns the bytes to come for the lane.
+    __device__ __forceinline__ int start_copies(int partial, uint32_t tile, uint32_t full) const {
+        int queries = 0;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            if (boxes[i] == Box::kNone) continue;
+            if (box_queries[i] == 0) continue;
+            queries += box_queries[i];
             const UnitRow& row = pieces[i].first;
-            const TensorMap& map = boxes[i] == Box::kUnit         ? p.unit_partial_map
-                                   : boxes[i] == Box::kFewQueries ? p.few_partial_map
-                                                                  : p.partial_map;
+            const TensorMap& map = box_queries[i] >> p.log2_unit_queries  ? p.unit_partial_map
+                                   : box_queries[i] >> p.log2_few_queries ? p.few_partial_map
+                                                                          : p.partial_map;
 #pragma unroll
             for (int panel = 0; panel < Traits::kHeadDim / Tile::kPanelColumns; ++panel) {
                 tma_load_4d(
@@ -131,6 +123,7 @@ struct PartialCopier {
                     unit.head * p.geometry.num_queries + row.query_in_chunk);
             }
         }
+        return (queries * Traits::kHeadDim * 2) << p.log2_partial_rows;
     }
 
     // The partial of load n, once await_buffer() has found its buffer free; `full` is told to expect its bytes.
@@ -146,7 +139,7 @@ struct PartialCopier {
         look_up_blocks(partial + kPartialsALoad);
         await_buffer();
         const uint32_t barrier = pipeline.own_barrier(full, n);
-        start_copies(partial, pipeline.partial_tile(n, which), barrier);
+        const int bytes = start_copies(partial, pipeline.partial_tile(n, which), barrier);
         cp_async_wait<0>();
         mbarrier_arrive_expect(barrier, bytes);
     }

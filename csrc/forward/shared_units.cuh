@@ -77,9 +77,17 @@ __device__ __forceinline__ UnitRow make_unit_row(const Geometry& g, const Unit& 
 struct SharedSubBlock {
     TileQueries queries;  // that share it
     int key_token;        // first key, as a row of k and v
-    int num_keys;         // inside the sequence; 0 where there are none
     int visible_offset;   // VisibleKeys, counted from the first key
     int visible_end;
+
+    static __device__ __forceinline__ SharedSubBlock none() {
+        return {{{0, 0}}, 0, 0, -1};
+    }
+    // Inside the sequence; 0 where there are none.
+    template <typename Traits>
+    __device__ __forceinline__ int num_keys() const {
+        return max(min(visible_end + 1, Traits::kSubBlockKeys), 0);
+    }
 };
 
 // Sub-block `sub` of an entry of a tile's list.
@@ -91,7 +99,6 @@ __device__ __forceinline__ SharedSubBlock make_sub_block(const Geometry& g, cons
     const VisibleKeys visible = visible_keys(bounds, g.causal);
     SharedSubBlock b;
     b.queries = {{static_cast<uint32_t>(entry.z), static_cast<uint32_t>(entry.w)}};
-    b.num_keys = max(min(bounds.num_keys - first_key, Traits::kSubBlockKeys), 0);
     b.key_token = bounds.key_begin + first_key;
     b.visible_offset = visible.offset - first_key;
     b.visible_end = visible.end - first_key;

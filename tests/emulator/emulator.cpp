@@ -145,6 +145,8 @@ bool run_warp(int warp) {
                 resume(thread);
             }
         }
+        wake_at_mbarriers();  // lanes may wait for the arrivals of others
+        progress |= any_is(State::kReady, warp * 32, 32);
     }
     for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
         if (cta.fibers[thread]->state == State::kAtWarp)
