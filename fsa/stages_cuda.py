@@ -97,8 +97,9 @@ def shares_blocks(problem: Problem) -> bool:
     """Whether the forward has the stages split and shared.
 
     They are there on sm_90a, for blocks of 64 keys and more and groups of an even number of heads. On an H200 at 65,536
-    tokens they take 8 % off the forward of a random selection at group 2, 17 % at group 4, and a third of a coherent
-    one at group 16. A group of one head needs query tiles twice as long, which gain 1 % and lose 2 % on a trained one.
+    tokens they take 8 % off the forward of a random selection at group 2, 12 % at group 4, and 31 % of a coherent
+    one at group 16. A group of one head would need query tiles twice as long, which gained 1 % with a random selection
+    and lost 2 % with a trained one.
     """
     supported = problem.block_size % 64 == 0 and problem.group_size % 2 == 0
     return supported and kernel_arch(problem.q.device) >= 90

@@ -75,7 +75,9 @@ struct LoadStarter {
             x = __shfl_sync(~0u, x, from);
             if (threadIdx.x % 32 == 0) to = x;
         };
-        for (int i = 0; i < 2; ++i) copy(added.queries.bits[i], block.queries.bits[i]);
+        static_assert(sizeof(SharedSubBlock) == 5 * sizeof(int), "these are its fields");
+        copy(added.queries.bits[0], block.queries.bits[0]);
+        copy(added.queries.bits[1], block.queries.bits[1]);
         copy(added.key_token, block.key_token);
         copy(added.visible_offset, block.visible_offset);
         copy(added.visible_end, block.visible_end);
@@ -161,7 +163,7 @@ __device__ __forceinline__ void start_loads(const Pipeline<Traits>& pipeline, co
                 next_index = __shfl_sync(~0u, next_index, 0);
                 if (next_index < num_units) list.fetch<Traits>(p, make_unit<Traits>(g, next_index), subs);
             }
-            const bool wanted = own.num_keys<Traits>() > 0 && own.queries.overlap(own_queries);
+            const bool wanted = own.num_keys() > 0 && own.queries.overlap(own_queries);
             unsigned left = __ballot_sync(~0u, wanted);
             // What the last load lacks is some sub-block, without queries. Rows that attend to nothing have results, too.
             const auto lacks_some = [&] { return loads.sub_blocks > 0 || loads.n == first_load; };
@@ -225,7 +227,7 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
             continue;
         }
         pipeline.wait(state.values_landed, n);
-        // So that the barrier has a phase a load. synccheck wants that whoever arrives waits, too.
+        // So that the barrier has a phase for every load. Waiting costs nothing, and synccheck wants it of who arrives.
         if (checker == 0) {
             pipeline.arrive(state.keys_full, n);
             pipeline.wait(state.keys_full, n);
@@ -233,7 +235,7 @@ __device__ __forceinline__ void check_values(const Pipeline<Traits>& pipeline, i
         // Rows behind the sequence's end came along.
         const auto in_sequence = [&](uint32_t offset) {
             const int row = offset / Tile::kRowBytes % Tile::kNumRows;
-            return row % Traits::kSubBlockKeys < load.blocks[row / Traits::kSubBlockKeys].template num_keys<Traits>();
+            return row % Traits::kSubBlockKeys < load.blocks[row / Traits::kSubBlockKeys].num_keys();
         };
         const bool nonfinite =
             __any_sync(~0u, zero_nonfinite_in_share<T, Tile::kBytes, kThreads>(pipeline.v_tile(n), in_sequence));

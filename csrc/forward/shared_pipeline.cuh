@@ -49,7 +49,7 @@ struct Pipeline {
     struct State {
         uint64_t described[kDescriptions];         // the load's description is there, for the checkers
         uint64_t keys_landed[Traits::kBuffers];    // the load's description is there, and K
-        uint64_t keys_full[Traits::kBuffers];      // the partial where K would be is there; nobody waits so for K
+        uint64_t keys_full[Traits::kBuffers];      // the partial where K would be is there; K needs no such look
         uint64_t keys_empty[Traits::kBuffers];     // all warps that multiply are done
         uint64_t values_landed[Traits::kBuffers];  // V; or its buffer is free
         uint64_t values_full[Traits::kBuffers];    // V has been looked at; or the partial where it would be is there

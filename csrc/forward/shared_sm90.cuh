@@ -104,9 +104,8 @@ __device__ __forceinline__ void restore_unit(
         QueryRow row_in_block = row;
         row_in_block.last_visible = last_visible_in(block, row);
         restore_nonfinite_values<Traits>(
-            row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride,
-            block.num_keys<Traits>(), g.head_dim, row_in_block,
-            [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
+            row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys(),
+            g.head_dim, row_in_block, [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
     }
 }
 

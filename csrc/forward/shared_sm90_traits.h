@@ -3,6 +3,7 @@
 
 #include "device/wgmma_tile.h"
 #include "forward/query_stage.cuh"
+#include "params.h"
 
 namespace fsa {
 
@@ -12,7 +13,7 @@ struct ForwardSharedTraits {
     static constexpr int kHeadDim = kHeadDim_;
 
     // A load brings kSubBlocks sub-blocks, which need not be neighbours: a softmax over 128 keys costs less than two over 64.
-    static constexpr int kSubBlockKeys = 64;
+    static constexpr int kSubBlockKeys = kSharedKeys;
     static constexpr int kSubBlocks = kHeadDim <= 128 ? 2 : 1;
     static constexpr int kTileK = kSubBlocks * kSubBlockKeys;
 

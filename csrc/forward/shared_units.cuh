@@ -84,9 +84,8 @@ struct SharedSubBlock {
         return {{{0, 0}}, 0, 0, -1};
     }
     // Inside the sequence; 0 where there are none.
-    template <typename Traits>
     __device__ __forceinline__ int num_keys() const {
-        return max(min(visible_end + 1, Traits::kSubBlockKeys), 0);
+        return max(min(visible_end + 1, kSharedKeys), 0);
     }
 };
 
