@@ -86,6 +86,9 @@ struct PlanParams {
     int32_t* next_item;
     int max_items;
     int edges_per_item;
+    // Fewer edges that are left of a cell are part of the item before. 1 in the backward, where a cell of n edges is
+    // ceil(n / edges_per_item) pieces.
+    int min_rest;
 };
 
 // A query tile: this many neighbouring query tokens of a chunk, in runs. A block that enough queries of a run select is

@@ -18,7 +18,7 @@ from . import buffers
 from .buffers import Sizes
 from .chunks import chunk_grids, may_share_blocks
 from .problem import ChunkGrid, Problem
-from .tiling import sharing_run
+from .tiling import forward_min_rest, sharing_run
 from .workspace import get_workspace_limit
 
 
@@ -124,7 +124,7 @@ def _forward_chunks(
         problem = dataclasses.replace(problem, topk_idx=scattered_idx)
     per_item = buffers.edges_per_item(sizes, "forward", chunks[0].num_heads, chunks[0].num_queries, limit)
     num_ranges = buffers.query_ranges(sizes, "forward", chunks[0].num_queries)
-    plans = stages.plan(problem, grid, per_item, num_ranges)
+    plans = stages.plan(problem, grid, per_item, num_ranges, forward_min_rest(per_item))
     for chunk, plan, shared in zip(chunks, plans, of_split, strict=True):
         specs = buffers.forward_buffers(sizes, chunk.num_heads, chunk.num_queries)
         partials = {name: spec.empty(problem.q.device) for name, spec in specs.items()}

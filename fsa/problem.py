@@ -154,4 +154,4 @@ class Plan:
     csr_edges: Tensor  # [num_heads * num_queries * topk], int32, sorted by cell, then ascending; tail unwritten
     work_items: Tensor  # [max_items, 4], int32: (head and block, edge_begin, edge_end, sequence); -1 behind the last
     next_item: Tensor  # [1], int32, zero: a main stage that fetches its items as it goes counts them here, once a plan
-    edges_per_item: int
+    edges_per_item: int  # the last item of a cell has fewer, or up to min_rest - 1 more

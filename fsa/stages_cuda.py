@@ -29,7 +29,7 @@ _library.define(
     "Tensor(e!) shared_next) -> ()"
 )
 _library.define(
-    f"_plan({_SELECTION}, {_CHUNKS}, int total_k, int edges_per_item, int num_ranges, int parts, "
+    f"_plan({_SELECTION}, {_CHUNKS}, int total_k, int edges_per_item, int min_rest, int num_ranges, int parts, "
     "Tensor(a!) csr_offsets, Tensor(b!) csr_edges, Tensor(c!) work_items, Tensor(d!) next_item, Tensor(e!) scratch) "
     "-> ()"
 )
@@ -135,8 +135,12 @@ def forward_split(
     )
 
 
-def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
-    """Invert each chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items."""
+def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1, min_rest: int = 1) -> list[Plan]:
+    """Invert each chunk's selection into CSR by (KV head, query range, KV block) and cut it into work items.
+
+    A cell's rest of fewer than `min_rest` edges is part of the item before; the backward, whose pieces are
+    ceil(edges / edges_per_item), takes 1.
+    """
     chunks = grid.chunks
     largest, num_chunks = chunks[0], len(chunks)
     parts = plan_parts(num_chunks * largest.num_heads, largest.num_queries, num_ranges)
@@ -153,6 +157,7 @@ def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int
         *_chunks(problem, grid),
         problem.total_k,
         edges_per_item,
+        min_rest,
         num_ranges,
         parts,
         *together.values(),

@@ -88,7 +88,7 @@ def selection(problem: Problem, chunk: Chunk, tile_k: int) -> Selection:
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages
 # ---------------------------------------------------------------------------------------------------------------------
-def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1) -> Plan:
+def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 1, min_rest: int = 1) -> Plan:
     """Sorts the edges; the tail of csr_edges, which no stage may read, is -1."""
     chosen = selection(problem, chunk, problem.block_size)
     range_queries = -(-chunk.num_queries // num_ranges)
@@ -104,10 +104,13 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
     work_items = torch.full((num_edges // edges_per_item + len(cells), 4), -1, dtype=torch.int32)
     num_items = 0
     for cell, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        for first in range(begin, end, edges_per_item):
+        firsts = list(range(begin, end, edges_per_item))
+        if len(firsts) > 1 and end - firsts[-1] < min_rest:
+            firsts.pop()
+        for first, item_end in zip(firsts, [*firsts[1:], end], strict=False):
             sequence = int(chosen.sequence[cells[cell][0] // problem.topk])
             head, block = cell // (num_ranges * problem.num_blocks), cell % problem.num_blocks
-            row = [head * problem.num_blocks + block, first, min(first + edges_per_item, end), sequence]
+            row = [head * problem.num_blocks + block, first, item_end, sequence]
             work_items[num_items] = torch.tensor(row)
             num_items += 1
     edges = [edge for cell in cells for edge in cell]

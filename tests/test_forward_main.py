@@ -30,7 +30,7 @@ EDGES_PER_ITEM = 64
 def run(backend: str, problem: Problem, chunk: Chunk) -> dict[str, Tensor]:
     """forward_main on poisoned buffers."""
     buffers = forward_buffers(problem, chunk)
-    plan = stage_reference.plan(problem, chunk, EDGES_PER_ITEM)
+    plan = stage_reference.plan(problem, chunk, EDGES_PER_ITEM, min_rest=EDGES_PER_ITEM // 2)
     load_stages(backend, problem.q.dtype).forward_main(problem, chunk, plan, **buffers)
     return buffers
 

@@ -35,15 +35,18 @@ def assert_same_plan(actual: Plan, wanted: Plan) -> None:
     assert torch.equal(actual.work_items.masked_fill(unused, -1), wanted.work_items.masked_fill(unused, -1))
 
 
-@pytest.mark.parametrize(("edges_per_item", "num_ranges"), [(64, 1), (192, 1), (64, 3), (64, 50)])
+@pytest.mark.parametrize(
+    ("edges_per_item", "num_ranges", "min_rest"),
+    [(64, 1, 1), (64, 1, 64), (32, 1, 16), (192, 1, 96), (64, 3, 32), (64, 50, 1)],
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_plan(backend: str, case: Case, edges_per_item: int, num_ranges: int) -> None:
+def test_plan(backend: str, case: Case, edges_per_item: int, num_ranges: int, min_rest: int) -> None:
     stages, problem, chunk = load_stages(backend), make_problem(case, torch.float16), make_chunk(case)
-    (plan,) = stages.plan(problem, alone(chunk), edges_per_item, num_ranges)
+    (plan,) = stages.plan(problem, alone(chunk), edges_per_item, num_ranges, min_rest)
     assert plan.edges_per_item == edges_per_item
     assert plan.csr_edges.shape == (chunk.num_heads * chunk.num_queries * problem.topk,)
-    assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item, num_ranges))
+    assert_same_plan(plan, stage_reference.plan(problem, chunk, edges_per_item, num_ranges, min_rest))
 
 
 @pytest.mark.parametrize("num_ranges", [1, 2])
@@ -53,11 +56,25 @@ def test_chunks_that_are_planned_together(backend: str, num_ranges: int) -> None
     case = Case("together", (70, 60), (70, 80), 5, 1, 8, 3, 32)
     stages, problem = load_stages(backend), make_problem(case, torch.float16)
     grid = ChunkGrid(0, 5, 3, 127, chunk_heads=2, chunk_queries=50)
-    chunks, plans = grid.chunks, stages.plan(problem, grid, 64, num_ranges)
+    chunks, plans = grid.chunks, stages.plan(problem, grid, 32, num_ranges, 20)
     assert [chunk.num_heads for chunk in chunks] == [2] * 6 + [1] * 3
     assert [chunk.num_queries for chunk in chunks] == [50, 50, 24] * 3
     for chunk, plan in zip(chunks, plans, strict=True):
-        assert_same_plan(plan, stage_reference.plan(problem, chunk, 64, num_ranges))
+        assert_same_plan(plan, stage_reference.plan(problem, chunk, 32, num_ranges, 20))
+
+
+@pytest.mark.parametrize(
+    ("num_edges", "items"),
+    [(64, [64]), (95, [95]), (96, [64, 32]), (127, [64, 63]), (128, [64, 64]), (159, [64, 95]), (160, [64, 64, 32])],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_short_rests_are_part_of_the_item_before(backend: str, num_edges: int, items: list[int]) -> None:
+    case = Case("rests", (num_edges,), (32,), 1, 1, 8, 1, 32)
+    problem = make_problem(case, torch.float16)
+    problem = dataclasses.replace(problem, topk_idx=torch.zeros_like(problem.topk_idx), causal=False)
+    (plan,) = load_stages(backend).plan(problem, alone(make_chunk(case)), 64, min_rest=32)
+    used_items = plan.work_items[plan.work_items[:, 0] >= 0]
+    assert (used_items[:, 2] - used_items[:, 1]).tolist() == items
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +92,7 @@ def test_cuda_equals_triton(num_ranges: int) -> None:
     cuda, triton = load_stages("cuda"), load_stages("triton")
     case = Case("long", (30000, 1, 20000), (30000, 2, 21000), 4, 1, 8, 16, 64, popular=True)
     problem, grid = make_problem(case, torch.float16), alone(make_chunk(case))
-    (ours,), (wanted,) = (stages.plan(problem, grid, 1024, num_ranges) for stages in (cuda, triton))
+    (ours,), (wanted,) = (stages.plan(problem, grid, 1024, num_ranges, 512) for stages in (cuda, triton))
     assert_same_plan(ours, wanted)
 
 

@@ -87,9 +87,11 @@ def test_query_ranges_are_as_exact(target: Target, monkeypatch: pytest.MonkeyPat
     stages, num_ranges = backends.stages(target.backend), []
     plan: Callable[..., list[Plan]] = stages.plan
 
-    def recording_plan(problem: object, grid: ChunkGrid, edges_per_item: int, ranges: int = 1) -> list[Plan]:
+    def recording_plan(
+        problem: object, grid: ChunkGrid, edges_per_item: int, ranges: int = 1, min_rest: int = 1
+    ) -> list[Plan]:
         num_ranges.append(ranges)
-        return plan(problem, grid, edges_per_item, ranges)
+        return plan(problem, grid, edges_per_item, ranges, min_rest)
 
     monkeypatch.setattr(stages, "plan", recording_plan)
     assert_results(run(inputs, target.backend), expected_results(inputs))

@@ -31,6 +31,7 @@ SIZES = (
     "query_end",
     "edges_per_head",
     "edges_per_item",
+    "min_rest",
 )
 
 

@@ -3,8 +3,9 @@
 Every edge gets the number of its cell; a stable sort by that number brings the edges of a cell together, in ascending
 query order, and leaves the unused slots at the end. A range is a run of queries; there are several where the query rows
 of a head would not stay in L2, and whoever walks the cells in order stays in one for long. The lists are then cut into
-work items of `edges_per_item` edges: popular cells become many items. Prefix sums say where a cell's items stand, so
-nothing depends on the order in which programs run, and the host never learns how many there are.
+work items of `edges_per_item` edges: popular cells become many items, and a rest of fewer than `min_rest` is part of
+the last one. Prefix sums say where a cell's items stand, so nothing depends on the order in which programs run, and the
+host never learns how many there are.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def work_items_kernel(
     num_ranges,
     query_begin,
     edges_per_item,
+    min_rest,
     TILE_ITEMS: tl.constexpr,
 ):
     cell = tl.program_id(0)
@@ -91,7 +93,7 @@ def work_items_kernel(
 
     head_and_block = cell // (num_ranges * num_blocks) * num_blocks + cell % num_blocks
 
-    num_items = (end - begin + edges_per_item - 1) // edges_per_item
+    num_items = tl.maximum((end - begin + edges_per_item - min_rest) // edges_per_item, 1)
     first_row = tl.load(item_ends + cell) - num_items
     for first_item in range(0, num_items, TILE_ITEMS):
         item = first_item + tl.arange(0, TILE_ITEMS)
@@ -100,16 +102,16 @@ def work_items_kernel(
         exists = item < num_items
         tl.store(row, head_and_block, mask=exists)
         tl.store(row + 1, edge_begin, mask=exists)
-        tl.store(row + 2, tl.minimum(edge_begin + edges_per_item, end), mask=exists)
+        tl.store(row + 2, tl.where(item + 1 < num_items, edge_begin + edges_per_item, end), mask=exists)
         tl.store(row + 3, sequence, mask=exists)
 
 
-def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1) -> list[Plan]:
+def plan(problem: Problem, grid: ChunkGrid, edges_per_item: int, num_ranges: int = 1, min_rest: int = 1) -> list[Plan]:
     """Sort each chunk's edges by cell and cut them into work items; the results are described by `fsa.problem.Plan`."""
-    return [_plan_chunk(problem, chunk, edges_per_item, num_ranges) for chunk in grid.chunks]
+    return [_plan_chunk(problem, chunk, edges_per_item, num_ranges, min_rest) for chunk in grid.chunks]
 
 
-def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int) -> Plan:
+def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int, min_rest: int) -> Plan:
     num_cells = chunk.num_heads * num_ranges * problem.num_blocks
     edges_per_head = chunk.num_queries * problem.topk
     num_edges = chunk.num_heads * edges_per_head
@@ -140,7 +142,8 @@ def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges:
     csr_edges = order.remainder_(edges_per_head).int()
     cell_numbers = torch.arange(num_cells + 1, dtype=torch.int32, device=cells.device)
     csr_offsets = torch.searchsorted(sorted_cells, cell_numbers, out_int32=True)
-    items = csr_offsets.diff().add_(edges_per_item - 1).div_(edges_per_item, rounding_mode="floor")
+    cell_edges = csr_offsets.diff()
+    items = torch.maximum((cell_edges + edges_per_item - min_rest) // edges_per_item, cell_edges.clamp(max=1))
     work_items_kernel[(num_cells,)](
         work_items,
         csr_offsets,
@@ -153,6 +156,7 @@ def _plan_chunk(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges:
         num_ranges=num_ranges,
         query_begin=chunk.query_begin,
         edges_per_item=edges_per_item,
+        min_rest=min_rest,
         TILE_ITEMS=TILE_ITEMS,
         num_warps=1,
     )

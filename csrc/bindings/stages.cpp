@@ -107,7 +107,9 @@ int64_t num_edges_bound(const Geometry& g) {
 }
 
 int64_t max_work_items(const Geometry& g, int64_t cells, int64_t edges_per_item) {
-    STD_TORCH_CHECK(edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX, "edges_per_item out of range");
+    // Half: a cell's edges, up to 2^30, and an item's are added up.
+    STD_TORCH_CHECK(
+        edges_per_item >= 1 && edges_per_item * g.group_size <= INT32_MAX / 2, "edges_per_item out of range");
     const int64_t max_items = num_edges_bound(g) / edges_per_item + cells;
     STD_TORCH_CHECK(max_items * g.subs <= INT32_MAX, "too many work items");
     return max_items;
@@ -234,8 +236,8 @@ void forward_split(
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t chunk_heads, int64_t chunk_queries, int64_t block_size, bool causal,
-    int64_t total_k, int64_t edges_per_item, int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges,
-    Tensor work_items, Tensor next_item, Tensor scratch) {
+    int64_t total_k, int64_t edges_per_item, int64_t min_rest, int64_t num_ranges, int64_t parts, Tensor csr_offsets,
+    Tensor csr_edges, Tensor work_items, Tensor next_item, Tensor scratch) {
     ChunkArguments a = {topk_idx,    cu_seqlens_q, cu_seqlens_k, head_begin, head_end,
                         query_begin, query_end,    block_size,   causal,     total_k};
     const ChunkGrid grid = cut_chunks(a, chunk_heads, chunk_queries);
@@ -243,6 +245,7 @@ void plan(
     const int64_t ranges = num_ranges * g.num_heads, cells = ranges * g.num_blocks;
     const int64_t groups = ranges * ((g.num_blocks - 1) / kPlanGroup + 1), chunks = grid.num_chunks;
     const int64_t max_items = max_work_items(g, cells, edges_per_item);
+    STD_TORCH_CHECK(min_rest >= 1 && min_rest <= edges_per_item, "min_rest out of range");
     STD_TORCH_CHECK(num_ranges >= 1 && ranges <= 65535, "num_ranges out of range");
     STD_TORCH_CHECK(parts >= 1 && parts * chunks <= INT32_MAX, "parts out of range");
     check_buffer(csr_offsets, "csr_offsets", ScalarType::Int, {chunks, cells + 1});
@@ -266,6 +269,7 @@ void plan(
     p.next_item = static_cast<int32_t*>(next_item.mutable_data_ptr());
     p.max_items = static_cast<int>(max_items);
     p.edges_per_item = static_cast<int>(edges_per_item);
+    p.min_rest = static_cast<int>(min_rest);
     launch_plan(p, current_stream(topk_idx));
 }
 

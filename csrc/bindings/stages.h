@@ -18,8 +18,8 @@ void forward_split(
 void plan(
     Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, int64_t chunk_heads, int64_t chunk_queries, int64_t block_size, bool causal,
-    int64_t total_k, int64_t edges_per_item, int64_t num_ranges, int64_t parts, Tensor csr_offsets, Tensor csr_edges,
-    Tensor work_items, Tensor next_item, Tensor scratch);
+    int64_t total_k, int64_t edges_per_item, int64_t min_rest, int64_t num_ranges, int64_t parts, Tensor csr_offsets,
+    Tensor csr_edges, Tensor work_items, Tensor next_item, Tensor scratch);
 
 void forward_main(
     Tensor q, Tensor k, Tensor v, Tensor topk_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t head_begin,

@@ -34,6 +34,21 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// The same, with what L2 is to do with the lines.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_t l2_policy) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(bytes), "l"(l2_policy)
+                 : "memory");
+}
+
+// A policy for lines that L2 is to keep when it needs room: others go first.
+__device__ __forceinline__ uint64_t evict_last_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Copies 8 or 4 bytes, asynchronously like cp_async_16.
 __device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
@@ -87,6 +102,13 @@ __device__ __forceinline__ void claim_registers() {
 // Stores 16 bytes if valid, without a branch.
 __device__ __forceinline__ void store_global_16(void* global, const uint4& v, bool valid) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(valid))
+                 : "memory");
+}
+
+// The same, of what nobody reads soon: L2 lets go of it first.
+__device__ __forceinline__ void store_global_16_streaming(void* global, const uint4& v, bool valid) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
                  "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(valid))
                  : "memory");
 }

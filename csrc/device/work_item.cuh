@@ -72,21 +72,35 @@ __device__ __forceinline__ void request_work_item(
     }
 }
 
-// The item that was requested, or the next one that holds something to do. False at the end of the list. All threads take
-// part, and all are done with the item before when the first of them returns. Waits for all copies of thread 0.
+// The item that was requested, or the next one that holds something to do; num_keys <= 0: the list has ended. Thread 0 makes
+// it, and waits for all its copies.
+__device__ __forceinline__ void receive_work_item(
+    WorkItem& item, WorkItemQueue& queue, const Geometry& g, const PlanView& plan, int tile_k) {
+    if (threadIdx.x > 0) return;
+    cp_async_wait<0>();
+    item.num_keys = 0;
+    while (queue.next_entry.x >= 0) {
+        item = make_work_item(g, queue.next_entry, queue.next_sub, tile_k);
+        if (item.num_keys > 0) break;
+        request_work_item(queue, g, plan, claim_work_item(plan));
+        cp_async_wait<0>();
+    }
+}
+
+// Goes on to the item that was requested. False at the end of the list. All threads take part, and all are done with the item
+// before when the first of them returns.
 __device__ __forceinline__ bool fetch_work_item(
     WorkItemQueue& queue, const Geometry& g, const PlanView& plan, int tile_k) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-        cp_async_wait<0>();
-        queue.item.num_keys = 0;
-        while (queue.next_entry.x >= 0) {
-            queue.item = make_work_item(g, queue.next_entry, queue.next_sub, tile_k);
-            if (queue.item.num_keys > 0) break;
-            request_work_item(queue, g, plan, claim_work_item(plan));
-            cp_async_wait<0>();
-        }
-    }
+    receive_work_item(queue.item, queue, g, plan, tile_k);
+    __syncthreads();
+    return queue.item.num_keys > 0;
+}
+
+// The same of an item that thread 0 has received already.
+__device__ __forceinline__ bool take_work_item(WorkItemQueue& queue, const WorkItem& next) {
+    __syncthreads();
+    if (threadIdx.x == 0) queue.item = next;
     __syncthreads();
     return queue.item.num_keys > 0;
 }

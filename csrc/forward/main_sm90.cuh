@@ -16,6 +16,12 @@
 namespace fsa {
 namespace forward_main {
 
+// What a CTA knows of its current work item, and the one after it.
+template <typename Traits>
+struct ItemAndNext : ItemState<Traits> {
+    WorkItem next;
+};
+
 // K and V of the sub-block, asynchronously; the caller commits. All threads of the CTA take part.
 template <typename Traits>
 __device__ __forceinline__ void load_kv_block(
@@ -61,10 +67,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     forward_main_sm90(const __grid_constant__ ForwardMainParams p) {
     await_kernel_before();
     using Stage = typename Traits::Stage;
-    static_assert(sizeof(ItemState<Traits>) <= Traits::kStateBytes);
+    static_assert(sizeof(ItemAndNext<Traits>) <= Traits::kStateBytes);
     unsigned char* memory = static_cast<unsigned char*>(dynamic_shared_memory());
     const uint32_t k_tile = shared_address(memory), v_tile = k_tile + Traits::Tile::kBytes;
-    auto& state = *reinterpret_cast<ItemState<Traits>*>(memory + Traits::kSharedBytes - Traits::kStateBytes);
+    auto& state = *reinterpret_cast<ItemAndNext<Traits>*>(memory + Traits::kSharedBytes - Traits::kStateBytes);
     const Geometry& g = p.geometry;
     const WorkItem& item = state.queue.item;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -74,8 +80,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const uint32_t stages = v_tile + Traits::Tile::kBytes + warp * Traits::kStages * Stage::kBytes;
     uint32_t stage = 0;  // offset: of this tile; the other one is the next tile's
 
+    // The next item is made as soon as its entry is there, not between two items, where all threads would wait for it.
+    auto receive_next = [&] { receive_work_item(state.next, state.queue, g, p.plan, Traits::kTileK); };
     request_work_item(state.queue, g, p.plan, claim_work_item(p.plan));
-    while (fetch_work_item(state.queue, g, p.plan, Traits::kTileK)) {
+    receive_next();
+    while (take_work_item(state.queue, state.next)) {
         // Edges are fetched two tiles ahead, query rows one.
         auto edge_of = [&](int first_row) { return load_edge(g, p.plan, item, first_row + tile_row); };
         auto row_of = [&](int first_row, int edge) { return make_query_row(g, item, first_row + tile_row, edge); };
@@ -91,6 +100,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         QueryRow row = row_of(0, first_edge);
         gather(stage, row);
         finish_kv_block<Traits>(v_tile, state, p);
+        receive_next();
 
         for (int first_row = 0; first_row + first_of_warpgroup < item.num_rows; first_row += kStep) {
             Scores<Traits> s;

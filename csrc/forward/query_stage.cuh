@@ -28,12 +28,18 @@ struct QueryStage {
     }
 };
 
-// The rows of Q, asynchronously: lane i describes row i % 16. The caller commits.
+// The rows of Q, asynchronously: lane i describes row i % 16. The caller commits. In main each of a query's blocks asks for
+// them again, so L2 keeps them rather than the partials, which pass through it once. (Shared reads them once: there it makes
+// no difference.)
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void gather_queries(
     uint32_t stage, const Geometry& g, const RowTensor& q, int kv_head, const QueryRow& row) {
     using Stage = QueryStage<kHeadDim>;
     const int lane = threadIdx.x % 32, num_chunks = g.head_dim / 8;
+    const uint64_t policy = evict_last_policy();
+    // Not a uniform register: of a uniform shared address together with a policy, ptxas (CUDA 13.0) makes an illegal
+    // instruction.
+    stage = __shfl_sync(~0u, stage, 0);
     const T* own = row_pointer<T>(q, row.query, kv_head * g.group_size + row.group_head);
 #pragma unroll
     for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
@@ -42,7 +48,7 @@ __device__ __forceinline__ void gather_queries(
         const bool valid = chunk < num_chunks;
         cp_async_16(
             stage + tile_row * Stage::kRowPitch + chunk * 16,
-            reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0), valid);
+            reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0), valid, policy);
     }
 }
 
@@ -107,7 +113,7 @@ __device__ __forceinline__ void store_partials(uint32_t stage, __half* o_partial
         const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
         const int partial_row = __shfl_sync(~0u, row.partial_row, tile_row);
         const uint4 x = load_shared_16(stage + tile_row * Stage::kRowPitch + chunk * 16);
-        store_global_16(
+        store_global_16_streaming(
             o_partial + static_cast<int64_t>(partial_row) * head_dim + chunk * 8, x,
             partial_row >= 0 && chunk * 8 < head_dim);
     }

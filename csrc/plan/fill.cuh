@@ -1,6 +1,9 @@
 // plan_fill: the offsets of the cells, the work items, and the edges of a part in the order of the cells. Those of some
-// queries are put in order in shared memory first: then the edges of a cell are stored together.
+// queries are put in order in shared memory first: then the edges of a cell are stored together. A lane keeps its edges in
+// registers from when they are counted to when they are put there.
 #pragma once
+
+#include <climits>
 
 #include "device/ptx.cuh"
 #include "plan/parts.cuh"
@@ -8,9 +11,11 @@
 namespace fsa {
 namespace plan {
 
-constexpr int kTileEdges = 8192;  // edges that plan_fill sorts in shared memory: 32 KB
+constexpr int kTileEdges = 8192;                   // edges that plan_fill sorts in shared memory: 32 KB
+constexpr int kLaneEdges = kTileEdges / kThreads;  // a lane's share of them
 // Block ids that a lane asks for at a time: it waits for L2.
 constexpr int kFillInFlight = 8;
+static_assert(kLaneEdges % kFillInFlight == 0, "whole batches");
 
 struct PrefixSum {
     EdgesAndItems before, total;
@@ -72,8 +77,8 @@ __device__ __forceinline__ void store_work_items(
         const int sequence = sequence_of_block(g.sequences, block, g.block_size);
         for (int item = first.items + lane; item < end.items; item += 32) {
             const int edge = first.edges + (item - first.items) * p.edges_per_item;
-            p.work_items[item] =
-                make_int4(share.head * g.num_blocks + block, edge, min(edge + p.edges_per_item, end.edges), sequence);
+            const int edge_end = item + 1 < end.items ? edge + p.edges_per_item : end.edges;
+            p.work_items[item] = make_int4(share.head * g.num_blocks + block, edge, edge_end, sequence);
         }
         if (lane == 0) p.csr_offsets[share.first_cell + i] = first.edges;
     }
@@ -94,16 +99,18 @@ struct FillMemory {
     QueryBlocks* tile_blocks;  // [kTileQueries]
     EdgesAndItems* sums;       // [kWarps]
     EdgesAndItems* offsets;    // [window + 1], before the first tile
-    uint32_t* sorted;          // [kTileEdges], where offsets were: block << 16 | edge, from the tile's first, by block
-    int* cta_next;             // [window]: where the next tile's first edge of a block goes
-    int* base;                 // [window]: what a block's edges are from where they lie in `sorted`
-    // [kWarps / 2][window]: of two warps, 16 bits each, a warp's edges of a block in the tile, then where the next of them
+    // [kTileEdges], where offsets were, and a word of either side that is far from all: block << 16 | edge, from the tile's
+    // first, by block.
+    int* sorted;
+    int* cta_next;  // [window]: where the next tile's first edge of a block goes
+    int* base;      // [window]: what a block's edges are from where they lie in `sorted`
+    // [kWarps / 2][window]: of two warps, 16 bits each, a warp's edges of a block in the tile, then where the first of them
     // goes in `sorted`.
-    uint32_t* warp_next;
+    uint32_t* warp_counters;
 };
 
 constexpr int offsets_or_sorted_bytes(int window) {
-    constexpr int kSorted = kTileEdges * static_cast<int>(sizeof(uint32_t));
+    constexpr int kSorted = (kTileEdges + 2) * static_cast<int>(sizeof(int));
     const int offsets = (window + 1) * static_cast<int>(sizeof(EdgesAndItems));
     return offsets > kSorted ? offsets : kSorted;
 }
@@ -113,37 +120,62 @@ constexpr int fill_memory_bytes(int window) {
            offsets_or_sorted_bytes(window) + window * static_cast<int>(2 * sizeof(int) + kWarps / 2 * sizeof(uint32_t));
 }
 static_assert(fill_memory_bytes(kWindow) <= 99 * 1024, "what a CTA of any GPU from sm_80 on may have");
-static_assert(kWindow <= 1 << 16 && kTileEdges <= 1 << 16, "16 bits each");
+static_assert(
+    kWindow < 1 << 15 && kTileEdges + 32 <= 1 << 16, "positive, and no two blocks are within 32 of each other");
 
 __device__ __forceinline__ FillMemory carve_fill_memory(void* shared, int window) {
     FillMemory m;
     m.tile_blocks = static_cast<QueryBlocks*>(shared);
     m.sums = reinterpret_cast<EdgesAndItems*>(m.tile_blocks + kTileQueries);
     m.offsets = m.sums + kWarps;
-    m.sorted = reinterpret_cast<uint32_t*>(m.offsets);
+    m.sorted = reinterpret_cast<int*>(m.offsets) + 1;
     m.cta_next = reinterpret_cast<int*>(reinterpret_cast<char*>(m.offsets) + offsets_or_sorted_bytes(window));
     m.base = m.cta_next + window;
-    m.warp_next = reinterpret_cast<uint32_t*>(m.base + window);
+    m.warp_counters = reinterpret_cast<uint32_t*>(m.base + window);
     return m;
 }
 
-// A warp's half of the words of warp_next: as it adds to it, and as it is read.
+// A warp's half of the words of warp_counters: as it adds to it, and as it is read.
 struct WarpCounters {
     uint32_t* words;
     int half;
 
     __device__ __forceinline__ WarpCounters(const FillMemory& shared, int warp, int window)
-        : words(shared.warp_next + warp / 2 * window), half(warp % 2) {}
-    __device__ __forceinline__ void increment(int block) const {
-        atomicAdd(&words[block], 1u << 16 * half);
+        : words(shared.warp_counters + warp / 2 * window), half(warp % 2) {}
+    // Returns what it was before.
+    __device__ __forceinline__ uint32_t increment(int block) const {
+        return atomicAdd(&words[block], 1u << 16 * half) >> 16 * half & 0xffff;
     }
     __device__ __forceinline__ uint16_t& operator[](int block) const {
         return reinterpret_cast<uint16_t*>(words + block)[half];
     }
 };
 
+// A lane's edges of a tile: block << 16 | how many of the warp's edges of that block were counted before; or kNoEdge. Which
+// of those that an instruction of the warp counts come first is up to the hardware.
+using LaneEdges = uint32_t[kLaneEdges];
+constexpr uint32_t kNoEdge = ~0u;
+
+// Counts a warp's share of a tile's edges. Edge i of lane l is own.begin + 32 * i + l.
+__device__ __forceinline__ void count_edges(
+    LaneEdges& counted, const Tile& tile, const Run& own, const WarpCounters& counters) {
+#pragma unroll
+    for (int batch = 0; batch < kLaneEdges; batch += kFillInFlight) {
+        const int first = own.begin + batch * 32;
+        int blocks[kFillInFlight];
+        if (first < own.end) tile.load_blocks<32>(blocks, first + static_cast<int>(threadIdx.x) % 32, own.end);
+#pragma unroll
+        for (int i = 0; i < kFillInFlight; ++i) {
+            const bool exists = first < own.end && blocks[i] >= 0;
+            counted[batch + i] =
+                exists ? static_cast<uint32_t>(blocks[i]) << 16 | counters.increment(blocks[i]) : kNoEdge;
+            __syncwarp();  // only edges of one instruction, less than 32 apart, are counted out of order
+        }
+    }
+}
+
 // What the warps counted in a tile becomes where they write: blocks one after the other, and in a block a warp starts
-// where the one before ends. Returns the edges of the tile.
+// where the one before ends. Returns the edges of the tile. All threads of the CTA take part.
 __device__ __forceinline__ int counts_to_positions(const FillMemory& shared, int window) {
     const Run own = split({0, window}, kThreads, threadIdx.x);
     int sum = 0;
@@ -167,7 +199,37 @@ __device__ __forceinline__ int counts_to_positions(const FillMemory& shared, int
     return of_threads.total.edges;
 }
 
-// Two CTAs an SM: tiling.plan_parts makes that many.
+// Stores the edges of a tile as `sorted` has them, in the order of the queries. They are in this order there but for those
+// that a warp counted at once, which are less than 32 from each other: such neighbours are looked for.
+__device__ __forceinline__ void store_edges(
+    int32_t* csr_edges, const FillMemory& shared, const Run& edges, int num_edges) {
+    constexpr int kBatch = 4;
+    for (int first = threadIdx.x; first < num_edges; first += kBatch * kThreads) {
+        int own[kBatch], left[kBatch], right[kBatch], base[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+            const int* const at = shared.sorted + min(first + k * kThreads, num_edges - 1);
+            own[k] = at[0];
+            left[k] = at[-1];
+            right[k] = at[1];
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) base[k] = shared.base[own[k] >> 16];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+            const int i = first + k * kThreads;
+            if (i >= num_edges) break;
+            int position = i;
+            for (int j = i - 1, other = left[k]; other > own[k] - 32; other = shared.sorted[--j])
+                position -= other > own[k];
+            for (int j = i + 1, other = right[k]; other < own[k] + 32; other = shared.sorted[++j])
+                position += other < own[k];
+            csr_edges[base[k] + position] = edges.begin + (own[k] & 0xffff);
+        }
+    }
+}
+
+// Two CTAs an SM: tiling.plan_parts makes at most that many where one window has all blocks.
 __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__ PlanParams chunks) {
     await_kernel_before();
     const PlanParams p = params_of_chunk(chunks, blockIdx.x / chunks.parts);
@@ -175,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
     const Share share = own_share(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, window = share.window;
     const FillMemory shared = carve_fill_memory(dynamic_shared_memory(), window);
-    const WarpCounters next(shared, warp, window);
+    const WarpCounters counters(shared, warp, window);
 
     load_offsets(shared.offsets, shared.sums, p, share);
     store_work_items(shared.offsets, p, share);
@@ -186,45 +248,25 @@ __global__ void __launch_bounds__(kThreads, 2) plan_fill(const __grid_constant__
     const int tile_queries = min(kTileQueries, kTileEdges / p.geometry.topk);
     for_each_tile(p, share, shared.tile_blocks, tile_queries, [&](const Tile& tile, const Run& edges) {
         const Run own = split(edges, kWarps, warp);
-        for (int i = threadIdx.x; i < kWarps / 2 * window; i += kThreads) shared.warp_next[i] = 0;
+        for (int i = threadIdx.x; i < kWarps / 2 * window; i += kThreads) shared.warp_counters[i] = 0;
         __syncthreads();
-#pragma unroll 1
-        for (int first = own.begin + lane; first - lane < own.end; first += kFillInFlight * 32) {
-            int blocks[kFillInFlight];
-            tile.load_blocks<32>(blocks, first, own.end);
-#pragma unroll
-            for (const int block : blocks) {
-                if (block >= 0) next.increment(block);
-            }
-        }
+        LaneEdges counted;
+        count_edges(counted, tile, own, counters);
         __syncthreads();
         const int num_edges = counts_to_positions(shared, window);
         __syncthreads();
-
-#pragma unroll 1
-        for (int first = own.begin + lane; first - lane < own.end; first += kFillInFlight * 32) {
-            int blocks[kFillInFlight];
-            unsigned peers[kFillInFlight];  // lanes whose edges belong to the same cell
-            tile.load_blocks<32>(blocks, first, own.end);
 #pragma unroll
-            for (int i = 0; i < kFillInFlight; ++i) peers[i] = __match_any_sync(~0u, blocks[i]);
-#pragma unroll
-            for (int i = 0; i < kFillInFlight; ++i) {
-                const int block = blocks[i], rank = __popc(peers[i] & ((1u << lane) - 1));
-                const int position = block >= 0 ? next[block] : 0;
-                if (block >= 0)
-                    shared.sorted[position + rank] =
-                        static_cast<uint32_t>(block) << 16 | (first + i * 32 - edges.begin);
-                __syncwarp();
-                if (block >= 0 && rank == 0) next[block] = static_cast<uint16_t>(position + __popc(peers[i]));
-                __syncwarp();
-            }
+        for (int i = 0; i < kLaneEdges; ++i) {
+            if (counted[i] == kNoEdge) continue;
+            const int block = counted[i] >> 16, position = counters[block] + (counted[i] & 0xffff);
+            shared.sorted[position] = block << 16 | (own.begin + 32 * i + lane - edges.begin);
+        }
+        if (threadIdx.x == 0) {
+            shared.sorted[-1] = INT_MIN;
+            shared.sorted[num_edges] = INT_MAX;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < num_edges; i += kThreads) {
-            const uint32_t edge = shared.sorted[i];
-            p.csr_edges[shared.base[edge >> 16] + i] = edges.begin + static_cast<int>(edge & 0xffff);
-        }
+        store_edges(p.csr_edges, shared, edges, num_edges);
     });
 }
 

@@ -137,7 +137,8 @@ __device__ __forceinline__ EdgesAndItems operator+(const EdgesAndItems& a, const
 }
 
 __device__ __forceinline__ EdgesAndItems of_cell(int edges, const PlanParams& p) {
-    return {edges, (edges + p.edges_per_item - 1) / p.edges_per_item};
+    const int items = (edges + p.edges_per_item - p.min_rest) / p.edges_per_item;
+    return {edges, edges > 0 ? max(items, 1) : 0};
 }
 
 }  // namespace plan

@@ -2,8 +2,9 @@
 //
 // A part is a run of query tokens inside a range, which one CTA counts (plan_count) and later fills in (plan_fill);
 // there, every warp owns a run of its own. Prefix sums over the cells, over the parts of a cell (plan_prefix) and over
-// the warps of a part say where each warp writes, so the edges of a cell come in the order of the queries and no two
-// runs of the program differ. Nothing is sorted by comparison and no result depends on the order of atomics.
+// the warps of a part say where each warp writes. In a warp, atomics rank the edges: those of one instruction, which are
+// less than 32 apart, in any order, which plan_fill puts right as it stores them. So the edges of a cell come in the
+// order of the queries, and no two runs of the program differ.
 #include "plan/plan.h"
 
 #include "device/ptx.cuh"

@@ -167,16 +167,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
         });
 }
 
-inline unsigned __match_any_sync(unsigned mask, int value) {
-    require_full_mask(mask);
-    return emulator::warp_collective(
-        "match.any", static_cast<unsigned>(value), [](const unsigned (&values)[32], int lane) {
-            unsigned peers = 0;
-            for (int other = 0; other < 32; ++other) peers |= (values[other] == values[lane] ? 1u : 0u) << other;
-            return peers;
-        });
-}
-
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     require_full_mask(mask);
     return emulator::warp_collective(

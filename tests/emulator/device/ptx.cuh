@@ -39,6 +39,14 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     emulator::defer_copy(shared_pointer(shared, 16), valid ? global : nullptr, 16);
 }
 
+inline void cp_async_16(uint32_t shared, const void* global, bool valid, uint64_t) {
+    cp_async_16(shared, global, valid);
+}
+
+inline uint64_t evict_last_policy() {
+    return 0;
+}
+
 inline void cp_async_8(uint32_t shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(global) % 8 != 0) emulator::fail("misaligned global address");
     emulator::defer_copy(shared_pointer(shared, 8), global, 8);
@@ -68,6 +76,10 @@ inline void store_global_16(void* global, const uint4& v, bool valid) {
     if (!valid) return;
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global address");
     std::memcpy(global, &v, 16);
+}
+
+inline void store_global_16_streaming(void* global, const uint4& v, bool valid) {
+    store_global_16(global, v, valid);
 }
 
 inline uint4 load_shared_16(uint32_t shared) {
