@@ -7,6 +7,7 @@ Tensors over (slot, sub-block) pairs have the layout of the buffers; what is not
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def plan(problem: Problem, chunk: Chunk, edges_per_item: int, num_ranges: int = 
         firsts = list(range(begin, end, edges_per_item))
         if len(firsts) > 1 and end - firsts[-1] < min_rest:
             firsts.pop()
-        for first, item_end in zip(firsts, [*firsts[1:], end], strict=False):
+        for first, item_end in itertools.pairwise([*firsts, end]):
             sequence = int(chosen.sequence[cells[cell][0] // problem.topk])
             head, block = cell // (num_ranges * problem.num_blocks), cell % problem.num_blocks
             row = [head * problem.num_blocks + block, first, item_end, sequence]

@@ -22,16 +22,21 @@ from stages import (
 from tolerances import Expected, assert_close
 from torch import Tensor
 
-from fsa.problem import Chunk, Problem
+from fsa import tiling
+from fsa.problem import Chunk, Plan, Problem
 
 EDGES_PER_ITEM = 64
+
+
+def make_plan(problem: Problem, chunk: Chunk) -> Plan:
+    """As the forward plans, but for shorter items."""
+    return stage_reference.plan(problem, chunk, EDGES_PER_ITEM, min_rest=tiling.forward_min_rest(EDGES_PER_ITEM))
 
 
 def run(backend: str, problem: Problem, chunk: Chunk) -> dict[str, Tensor]:
     """forward_main on poisoned buffers."""
     buffers = forward_buffers(problem, chunk)
-    plan = stage_reference.plan(problem, chunk, EDGES_PER_ITEM, min_rest=EDGES_PER_ITEM // 2)
-    load_stages(backend, problem.q.dtype).forward_main(problem, chunk, plan, **buffers)
+    load_stages(backend, problem.q.dtype).forward_main(problem, chunk, make_plan(problem, chunk), **buffers)
     return buffers
 
 
@@ -66,6 +71,11 @@ def assert_partials(problem: Problem, chunk: Chunk, buffers: dict[str, Tensor]) 
     for name, wanted in expected(problem, chunk, tile_k).items():
         assert_close(name, buffers[name][attended], wanted)
         assert buffers[name][~attended].isnan().all(), f"{name}: written where nothing is attended"
+
+
+def test_cases_have_items_that_took_a_rest() -> None:
+    plans = [make_plan(make_problem(case, torch.float16), make_chunk(case)) for case in CASES]
+    assert any((plan.work_items[:, 2] - plan.work_items[:, 1] > EDGES_PER_ITEM).any() for plan in plans)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

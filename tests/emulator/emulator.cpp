@@ -134,12 +134,14 @@ bool any_is(State state) {
 }
 
 // Runs a warp until all of its lanes wait for the warpgroup, for the CTA or for an mbarrier, or have ended; returns whether
-// any ran.
-bool run_warp(int warp) {
+// any ran. Lanes take their turns in an order that is drawn: atomics of one instruction come in any.
+bool run_warp(int warp, std::mt19937& random) {
     bool any_ran = false;
     for (bool progress = true; progress;) {
         progress = false;
-        for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+        const int first = static_cast<int>(random() % 32);
+        for (int i = 0; i < 32; ++i) {
+            const int thread = warp * 32 + (first ^ i);
             while (cta.fibers[thread]->state == State::kReady) {
                 progress = any_ran = true;
                 resume(thread);
@@ -157,11 +159,11 @@ bool run_warp(int warp) {
 
 // Runs a warp to its next barrier. Where it waits for its warpgroup, those of the others that are awake come, too: warpgroups
 // are not kept in step with each other.
-void run_warp_to_barrier(int warp, const std::vector<int>& awake) {
-    for (bool progress = run_warp(warp); progress && any_is(State::kAtWarpgroup, warp * 32, 32);) {
+void run_warp_to_barrier(int warp, const std::vector<int>& awake, std::mt19937& random) {
+    for (bool progress = run_warp(warp, random); progress && any_is(State::kAtWarpgroup, warp * 32, 32);) {
         progress = false;
         for (const int other : awake) {
-            if (other / 4 == warp / 4) progress |= run_warp(other);
+            if (other / 4 == warp / 4) progress |= run_warp(other, random);
         }
     }
 }
@@ -210,7 +212,7 @@ void run_cta(std::mt19937& random) {
         for (const int warp : order) {
             if (random() % 4 > 0) awake.push_back(warp);  // the others are slow
         }
-        for (const int warp : awake) run_warp_to_barrier(warp, awake);
+        for (const int warp : awake) run_warp_to_barrier(warp, awake, random);
         wake_at_mbarriers();
         while (!cta.bulk_copies.empty() && random() % 4 == 0) land_bulk_copy(random);
         while (!any_is(State::kReady) && any_is(State::kAtMbarrier) && !cta.bulk_copies.empty()) land_bulk_copy(random);
