@@ -1,4 +1,4 @@
-// Arguments of the stage ops to what params.h has.
+// One argument of an op as the kernels take it.
 #pragma once
 
 #include <algorithm>
