@@ -113,6 +113,11 @@ __device__ __forceinline__ void store_global_16_streaming(void* global, const ui
                  : "memory");
 }
 
+// Stores 4 bytes, with what L2 is to do with the line.
+__device__ __forceinline__ void store_global_4(float* global, float value, uint64_t l2_policy) {
+    asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(global), "f"(value), "l"(l2_policy) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -149,14 +149,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             load_queries<Traits>(q, p, item, next_row);
             next_edge = edge_of(tile + 2 * Traits::kWarps);
             mask_invisible<Traits>(s, row);
-            normalise_and_store_lse<Traits>(probs, s, p, *shared.state, row);
+            normalise_and_store_lse<Traits>(
+                probs, s, p, *shared.state, row, [](float* address, float lse) { *address = lse; });
             compute_pv_and_store<Traits>(probs, shared.v, p, *shared.state, row);
             if (shared.state->nonfinite_values) {
                 __half* o_partial = p.o_partial + shared.state->first_partial_row * g.head_dim;
                 restore_nonfinite_values<Traits>(
                     row_pointer<typename Traits::T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys,
-                    g.head_dim, row,
-                    [&](int, int partial_row) { return o_partial + static_cast<int64_t>(partial_row) * g.head_dim; });
+                    g.head_dim, row, [&](int, int partial_row, int column) {
+                        return o_partial + static_cast<int64_t>(partial_row) * g.head_dim + column;
+                    });
             }
             row = next_row;
         }

@@ -112,14 +112,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             if (first_row + kStep + first_of_warpgroup < item.num_rows) gather(Stage::kBytes - stage, next_row);
             next_edge = edge_of(first_row + 2 * kStep);
             mask_invisible<Traits>(s, row);
-            normalise_and_store_lse<Traits>(probs, s, p, state, row);
+            // L2 keeps them until those of a query's other blocks have come: memory takes whole sectors of eight.
+            normalise_and_store_lse<Traits>(probs, s, p, state, row, [](float* address, float lse) {
+                store_global_4(address, lse, evict_last_policy());
+            });
             compute_pv_sm90<Traits>(probs, v_tile, stages + stage);
             if (state.nonfinite_values) {
                 __syncwarp();
                 auto* o = reinterpret_cast<__half*>(memory + (stages + stage - k_tile));
                 restore_nonfinite_values<Traits>(
                     row_pointer<typename Traits::T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys,
-                    g.head_dim, row, [&](int r, int) { return o + r * Stage::kRowPitch / 2; });
+                    g.head_dim, row, [&](int r, int, int column) { return o + Stage::offset(r, column / 8) / 2; });
             }
             store_partials<kHeadDim>(
                 stages + stage, p.o_partial + state.first_partial_row * g.head_dim, g.head_dim, row);

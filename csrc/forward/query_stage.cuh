@@ -13,18 +13,26 @@
 namespace fsa {
 namespace forward_main {
 
-// Rows are 16 bytes apart in the banks, so that ldmatrix and stmatrix meet none twice.
+// Chunks of 8 columns are exchanged inside whole 128 bytes (64 where a row has no whole 128): ldmatrix and stmatrix meet no
+// bank twice, and what one request to L2 brings stays together. (Rows 16 bytes further apart meet no bank twice either, but
+// L1 then asked L2 for half as many sectors again, and wrote them in two to three turns: docs/performance.md.)
 template <int kHeadDim>
 struct QueryStage {
-    static constexpr int kRowPitch = kHeadDim * 2 + 16;
-    static constexpr int kBytes = 16 * kRowPitch;
+    static constexpr int kRowBytes = kHeadDim * 2;
+    static constexpr int kBytes = 16 * kRowBytes;
     static constexpr int kChunks = kHeadDim / 8;
-    static_assert(kRowPitch % 32 == 16, "eight rows of 16 bytes meet in no bank");
+    static constexpr int kExchanged = kRowBytes % 128 == 0 ? 8 : 4;
+    static_assert(kRowBytes % (kExchanged * 16) == 0, "whole groups of chunks");
 
-    // Where lane i points ldmatrix and stmatrix to: 16 rows, two chunks.
-    static __device__ __forceinline__ uint32_t lane_chunk(uint32_t stage) {
+    // Where chunk `chunk` of a row stands.
+    static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+        return row * kRowBytes + ((chunk ^ (kExchanged == 8 ? row & 7 : row >> 1 & 3)) << 4);
+    }
+    // Where lane i points ldmatrix and stmatrix to, for columns 16 * step and on: 16 rows, two chunks. stage: a multiple of 128
+    static __device__ __forceinline__ uint32_t lane_chunk(uint32_t stage, int step) {
+        constexpr int kSteps = kExchanged / 2;
         const int lane = threadIdx.x % 32;
-        return stage + lane % 16 * kRowPitch + lane / 16 * 16;
+        return ((stage + offset(lane % 16, lane / 16)) ^ (step % kSteps * 32)) + step / kSteps * (kExchanged * 16);
     }
 };
 
@@ -47,22 +55,23 @@ __device__ __forceinline__ void gather_queries(
         const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(own), tile_row);
         const bool valid = chunk < num_chunks;
         cp_async_16(
-            stage + tile_row * Stage::kRowPitch + chunk * 16,
-            reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0), valid, policy);
+            stage + Stage::offset(tile_row, chunk), reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0),
+            valid, policy);
     }
 }
 
-// S = Q K^T. Q is in registers 128 columns at a time.
+// S = Q K^T. Q is in registers 128 columns at a time, 64 beside a large S.
 template <typename Traits>
 __device__ __forceinline__ void compute_scores_sm90(Scores<Traits>& s, uint32_t stage, uint32_t k_tile) {
-    constexpr int kSteps = Traits::kHeadDim / 16, kBatch = kSteps < 8 ? kSteps : 8;
+    constexpr int kSteps = Traits::kHeadDim / 16, kMost = Traits::kTileK > 64 ? 4 : 8,
+                  kBatch = kSteps < kMost ? kSteps : kMost;
     auto& accumulators = reinterpret_cast<float (&)[Traits::kTileK / 2]>(s);
 #pragma unroll
     for (int first = 0; first < kSteps; first += kBatch) {
         uint32_t q[kBatch][4];
 #pragma unroll
         for (int i = 0; i < kBatch && first + i < kSteps; ++i)
-            ldmatrix_x4(q[i], QueryStage<Traits::kHeadDim>::lane_chunk(stage) + (first + i) * 32);
+            ldmatrix_x4(q[i], QueryStage<Traits::kHeadDim>::lane_chunk(stage, first + i));
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kBatch && first + i < kSteps; ++i) {
@@ -98,7 +107,7 @@ __device__ __forceinline__ void output_to_stage(uint32_t stage, const float (&o)
         const float* const x = o + 8 * i;
         const uint32_t words[4] = {
             Type::pack(x[0], x[1]), Type::pack(x[2], x[3]), Type::pack(x[4], x[5]), Type::pack(x[6], x[7])};
-        stmatrix_x4(QueryStage<kHeadDim>::lane_chunk(stage) + (first_column / 16 + i) * 32, words);
+        stmatrix_x4(QueryStage<kHeadDim>::lane_chunk(stage, first_column / 16 + i), words);
     }
 }
 
@@ -112,7 +121,7 @@ __device__ __forceinline__ void store_partials(uint32_t stage, __half* o_partial
     for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
         const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
         const int partial_row = __shfl_sync(~0u, row.partial_row, tile_row);
-        const uint4 x = load_shared_16(stage + tile_row * Stage::kRowPitch + chunk * 16);
+        const uint4 x = load_shared_16(stage + Stage::offset(tile_row, chunk));
         store_global_16_streaming(
             o_partial + static_cast<int64_t>(partial_row) * head_dim + chunk * 8, x,
             partial_row >= 0 && chunk * 8 < head_dim);

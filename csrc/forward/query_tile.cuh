@@ -73,12 +73,12 @@ __device__ __forceinline__ void mask_invisible(Scores<Traits>& s, const QueryRow
     }
 }
 
-// P = softmax(S) * output_scale, and the row's log-sum-exp to memory. P is normalised here rather than O, which is
-// wider. The rows go through each step together: what one waits for, the others hide.
-template <typename Traits>
+// P = softmax(S) * output_scale, and the row's log-sum-exp to memory, by store(address, value). P is normalised here rather
+// than O, which is wider. The rows go through each step together: what one waits for, the others hide.
+template <typename Traits, typename Store>
 __device__ __forceinline__ void normalise_and_store_lse(
     Probs<Traits>& probs, Scores<Traits>& s, const ForwardMainParams& p, const ItemState<Traits>& state,
-    const QueryRow& row) {
+    const QueryRow& row, const Store& store) {
     constexpr int kRows = kLaneRows<Traits>;
     const int lane = threadIdx.x % 32;
     float* lse_partial = p.lse_partial + state.first_partial_row;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void normalise_and_store_lse(
         const float of_row = __shfl_sync(~0u, log2_sum_exp(shift[i], row_sum[i]), lane % 8 * 4);
         if (lane / 8 % kRows == i) lse = of_row;
     }
-    if (lane < Traits::kMmaRows * 16 && row.partial_row >= 0) lse_partial[row.partial_row] = lse;
+    if (lane < Traits::kMmaRows * 16 && row.partial_row >= 0) store(lse_partial + row.partial_row, lse);
 }
 
 // 32 columns of O, from the accumulators of four neighbouring n8 tiles: since V is interleaved, a lane has 8 columns of
@@ -177,12 +177,12 @@ __device__ __forceinline__ void publish_value_scale(
     __syncthreads();
 }
 
-// Adds to the warp's rows of O what the inf and NaN of num_keys values contribute. row_of(r): where row r
-// (0 .. 16 * kMmaRows - 1) lies.
-template <typename Traits, typename RowOf>
+// Adds to the warp's rows of O what the inf and NaN of num_keys values contribute. chunk_of(r, partial row, column): where 8
+// columns of row r (0 .. 16 * kMmaRows - 1) lie.
+template <typename Traits, typename ChunkOf>
 __device__ __forceinline__ void restore_nonfinite_values(
     const typename Traits::T* values, int64_t value_stride, int num_keys, int head_dim, const QueryRow& row,
-    const RowOf& row_of) {
+    const ChunkOf& chunk_of) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = 0; i < kLaneRows<Traits>; ++i) {
@@ -191,7 +191,7 @@ __device__ __forceinline__ void restore_nonfinite_values(
         const int last = min(__shfl_sync(~0u, row.last_visible, tile_row), num_keys - 1);
 #pragma unroll 1
         for (int column = 8 * (lane % 4); partial_row >= 0 && column < head_dim; column += 32) {
-            add_nonfinite_keys(values + column, value_stride, last, row_of(tile_row, partial_row) + column);
+            add_nonfinite_keys(values + column, value_stride, last, chunk_of(tile_row, partial_row, column));
         }
         __syncwarp();
     }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_query_fragments(HeldQueries<Traits>& q, uin
     if constexpr (Traits::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Traits::kHeldQuerySteps; ++step)
-            ldmatrix_x4(q[step], Traits::Stage::lane_chunk(stage) + step * 32);
+            ldmatrix_x4(q[step], Traits::Stage::lane_chunk(stage, step));
     }
 }
 
@@ -105,7 +105,8 @@ __device__ __forceinline__ void restore_unit(
         row_in_block.last_visible = last_visible_in(block, row);
         restore_nonfinite_values<Traits>(
             row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys(),
-            g.head_dim, row_in_block, [&](int r, int) { return stage + r * Traits::Stage::kRowPitch / 2; });
+            g.head_dim, row_in_block,
+            [&](int r, int, int column) { return stage + Traits::Stage::offset(r, column / 8) / 2; });
     }
 }
 
@@ -126,7 +127,7 @@ __device__ __forceinline__ void store_rows(
     for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
         const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
         T* const out = reinterpret_cast<T*>(__shfl_sync(~0u, own, tile_row));
-        const uint4 x = load_shared_16(stage + tile_row * Stage::kRowPitch + chunk * 16);
+        const uint4 x = load_shared_16(stage + Stage::offset(tile_row, chunk));
         store_global_16(out + chunk * 8, x, (existing >> tile_row & 1) && chunk * 8 < g.head_dim);
     }
 }

@@ -82,6 +82,10 @@ inline void store_global_16_streaming(void* global, const uint4& v, bool valid) 
     store_global_16(global, v, valid);
 }
 
+inline void store_global_4(float* global, float value, uint64_t /*l2_policy*/) {
+    *global = value;
+}
+
 inline uint4 load_shared_16(uint32_t shared) {
     uint4 v;
     std::memcpy(&v, shared_pointer(shared, 16), 16);
