@@ -58,6 +58,14 @@ def test_swizzle_repeats_every_8_rows_and_8_chunks(native: ModuleType, head_dim:
                 assert offset(row, chunk + 8) == offset(row, chunk) + 128
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_swizzle_keeps_sectors_together(native: ModuleType, head_dim: int) -> None:
+    offset = native.tile_offset[head_dim]
+    for row in range(16):
+        for chunk in range(0, head_dim // 8, 2):
+            assert offset(row, chunk) // 32 == offset(row, chunk + 1) // 32, "copies of a sector ask L2 once"
+
+
 def _walk_descriptor(descriptor: int, along_sum: bool, outer: int, k: int) -> int:
     """Byte address of an element of wgmma's operand, as the PTX ISA has it ("Matrix descriptor", "Strides").
 

@@ -16,6 +16,8 @@ namespace fsa {
 //   row bytes % 128 == 0: pattern(r) = (r & 1) * 4 + (r >> 1 & 3)   rows start at bank 0: 3 bits choose the chunk
 //   row bytes % 128 == 64: pattern(r) = r >> 1 & 3                  odd rows start at bank 16: 2 bits are enough
 //
+// Neighbouring chunks 2i and 2i + 1, a sector of 32 bytes, stay neighbours: a copy asks L2 for it once.
+//
 // Both patterns repeat every 8 rows and touch only the low 3 bits of the chunk, hence for every row and chunk:
 //   offset(row + 8, chunk) = offset(row, chunk) + 8 * kRowBytes,  offset(row, chunk + 8) = offset(row, chunk) + 128.
 // A lane therefore computes two or four offsets once and reaches the rest of the tile by immediates.

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
                 auto* o = reinterpret_cast<__half*>(memory + (stages + stage - k_tile));
                 restore_nonfinite_values<Traits>(
                     row_pointer<typename Traits::T>(p.v, item.key_token, item.kv_head), p.v.token_stride, item.num_keys,
-                    g.head_dim, row, [&](int r, int, int column) { return o + Stage::offset(r, column / 8) / 2; });
+                    g.head_dim, row,
+                    [&](int r, int, int column) { return o + Stage::Layout::offset(r, column / 8) / 2; });
             }
             store_partials<kHeadDim>(
                 stages + stage, p.o_partial + state.first_partial_row * g.head_dim, g.head_dim, row);

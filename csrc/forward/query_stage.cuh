@@ -4,6 +4,7 @@
 #pragma once
 
 #include "device/convert.cuh"
+#include "device/layout.h"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "device/wgmma_tile.h"
@@ -13,26 +14,19 @@
 namespace fsa {
 namespace forward_main {
 
-// Chunks of 8 columns are exchanged inside whole 128 bytes (64 where a row has no whole 128): ldmatrix and stmatrix meet no
-// bank twice, and what one request to L2 brings stays together. (Rows 16 bytes further apart meet no bank twice either, but
-// L1 then asked L2 for half as many sectors again, and wrote them in two to three turns: docs/performance.md.)
+// Swizzled rows. With 16 bytes between them ldmatrix and stmatrix would meet no bank twice, either, but L1 asks L2 twice for a
+// sector of 32 bytes that a copy puts across two sectors of shared memory.
 template <int kHeadDim>
 struct QueryStage {
-    static constexpr int kRowBytes = kHeadDim * 2;
-    static constexpr int kBytes = 16 * kRowBytes;
+    using Layout = SwizzledTile<kHeadDim * 2>;
+    static constexpr int kBytes = 16 * kHeadDim * 2;
     static constexpr int kChunks = kHeadDim / 8;
-    static constexpr int kExchanged = kRowBytes % 128 == 0 ? 8 : 4;
-    static_assert(kRowBytes % (kExchanged * 16) == 0, "whole groups of chunks");
 
-    // Where chunk `chunk` of a row stands.
-    static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-        return row * kRowBytes + ((chunk ^ (kExchanged == 8 ? row & 7 : row >> 1 & 3)) << 4);
-    }
     // Where lane i points ldmatrix and stmatrix to, for columns 16 * step and on: 16 rows, two chunks. stage: a multiple of 128
     static __device__ __forceinline__ uint32_t lane_chunk(uint32_t stage, int step) {
-        constexpr int kSteps = kExchanged / 2;
+        constexpr int kSteps = Layout::kFullPattern ? 4 : 2;  // among whose chunks the swizzle exchanges
         const int lane = threadIdx.x % 32;
-        return ((stage + offset(lane % 16, lane / 16)) ^ (step % kSteps * 32)) + step / kSteps * (kExchanged * 16);
+        return ((stage + Layout::offset(lane % 16, lane / 16)) ^ (step % kSteps * 32)) + step / kSteps * kSteps * 32;
     }
 };
 
@@ -55,8 +49,8 @@ __device__ __forceinline__ void gather_queries(
         const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(own), tile_row);
         const bool valid = chunk < num_chunks;
         cp_async_16(
-            stage + Stage::offset(tile_row, chunk), reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0),
-            valid, policy);
+            stage + Stage::Layout::offset(tile_row, chunk),
+            reinterpret_cast<const T*>(address) + (valid ? chunk * 8 : 0), valid, policy);
     }
 }
 
@@ -121,7 +115,7 @@ __device__ __forceinline__ void store_partials(uint32_t stage, __half* o_partial
     for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
         const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
         const int partial_row = __shfl_sync(~0u, row.partial_row, tile_row);
-        const uint4 x = load_shared_16(stage + Stage::offset(tile_row, chunk));
+        const uint4 x = load_shared_16(stage + Stage::Layout::offset(tile_row, chunk));
         store_global_16_streaming(
             o_partial + static_cast<int64_t>(partial_row) * head_dim + chunk * 8, x,
             partial_row >= 0 && chunk * 8 < head_dim);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void restore_unit(
         restore_nonfinite_values<Traits>(
             row_pointer<typename Traits::T>(p.v, block.key_token, unit.kv_head), p.v.token_stride, block.num_keys(),
             g.head_dim, row_in_block,
-            [&](int r, int, int column) { return stage + Traits::Stage::offset(r, column / 8) / 2; });
+            [&](int r, int, int column) { return stage + Traits::Stage::Layout::offset(r, column / 8) / 2; });
     }
 }
 
@@ -127,7 +127,7 @@ __device__ __forceinline__ void store_rows(
     for (int i = 0; i < 16 * Stage::kChunks / 32; ++i) {
         const int tile_row = (i * 32 + lane) / Stage::kChunks, chunk = (i * 32 + lane) % Stage::kChunks;
         T* const out = reinterpret_cast<T*>(__shfl_sync(~0u, own, tile_row));
-        const uint4 x = load_shared_16(stage + Stage::offset(tile_row, chunk));
+        const uint4 x = load_shared_16(stage + Stage::Layout::offset(tile_row, chunk));
         store_global_16(out + chunk * 8, x, (existing >> tile_row & 1) && chunk * 8 < g.head_dim);
     }
 }
