@@ -45,6 +45,10 @@ def test_swizzle_has_no_bank_conflicts(native: ModuleType, head_dim: int) -> Non
         for chunk in range(0, head_dim // 8, 4):
             quarter_warp = [offset(row + i, chunk + j) for i in range(2) for j in range(4)]
             assert len(_banks(quarter_warp)) == 8, "16-byte loads: two rows, four chunks"
+    num_chunks = head_dim // 8
+    for first in range(0, 16 * num_chunks, 8):
+        quarter_warp = [offset((first + i) // num_chunks, (first + i) % num_chunks) for i in range(8)]
+        assert len(_banks(quarter_warp)) == 8, "16-byte loads: eight chunks as they follow one another, row after row"
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
