@@ -20,7 +20,7 @@ from .tiling import (
     forward_edges_per_item,
     forward_query_ranges,
     forward_tile_k,
-    longest_forward_item,
+    max_forward_edges_per_item,
     max_shared_blocks,
     num_sms,
     plan_parts,
@@ -90,9 +90,9 @@ class Sizes:
         return self.block_size // tile_k(self.head_dim, self.block_size)
 
     @property
-    def longest_forward_item(self) -> int:
-        """Edges of a forward work item where there are many."""
-        return longest_forward_item(self.group_size, self.block_size // self.subs("forward"))
+    def max_forward_edges_per_item(self) -> int:
+        """edges_per_item of the forward where there are many."""
+        return max_forward_edges_per_item(self.group_size, self.block_size // self.subs("forward"))
 
     @property
     def accumulator_bytes(self) -> int:
@@ -117,7 +117,7 @@ def edges_per_item(sizes: Sizes, which: Pass, num_heads: int, num_queries: int, 
     """
     num_edges = num_heads * num_queries * sizes.topk
     if which == "forward":
-        return forward_edges_per_item(sizes.longest_forward_item, num_edges, sizes.num_sms)
+        return forward_edges_per_item(sizes.max_forward_edges_per_item, num_edges, sizes.num_sms)
     piece_bytes = 2 * 4 * sizes.block_size * sizes.head_dim
     return backward_edges_per_item(num_edges, num_heads, sizes.num_sms, max_pieces=limit // 4 // piece_bytes)
 
@@ -131,7 +131,7 @@ def query_ranges(sizes: Sizes, which: Pass, num_queries: int) -> int:
         sizes.group_size * sizes.head_dim * sizes.dtype.itemsize,
         sizes.topk,
         sizes.num_blocks,
-        sizes.longest_forward_item,
+        sizes.max_forward_edges_per_item,
     )
 
 

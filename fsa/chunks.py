@@ -87,11 +87,11 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
 
 
 def _fill_items(sizes: Sizes, num_queries: int) -> bool:
-    """Whether the edges of a block from so many queries are half of the longest forward item on average.
+    """Whether the edges of a block from so many queries are half a forward work item on average, of the largest.
 
     Fewer queries load every K and V for less, of which each chunk loads all. Many keys a query make such chunks.
     """
-    return 2 * num_queries * sizes.topk >= sizes.num_blocks * sizes.longest_forward_item
+    return 2 * num_queries * sizes.topk >= sizes.num_blocks * sizes.max_forward_edges_per_item
 
 
 def _whole_heads(sizes: Sizes, which: Pass, limit: int) -> int | None:

@@ -39,8 +39,8 @@ def backward_tile_k(head_dim: int, block_size: int) -> int:
     return min(block_size, 64 if head_dim <= 192 else 32)
 
 
-def longest_forward_item(group_size: int, tile_k: int) -> int:
-    """Edges of a forward work item where there are many: about 16 query rows a key, and 64 edges at least.
+def max_forward_edges_per_item(group_size: int, tile_k: int) -> int:
+    """edges_per_item of the forward where there are many edges: about 16 query rows a key, and 64 edges at least.
 
     Longer items leave SMs idle at the end, shorter ones load K and V more often. On an H200 half as many rows take 2 to
     5 % longer up to group 4, with blocks of 64 and of 128.
@@ -48,13 +48,13 @@ def longest_forward_item(group_size: int, tile_k: int) -> int:
     return round_up(ceil_div(16 * tile_k, group_size), 64)
 
 
-def forward_edges_per_item(longest: int, num_edges: int, num_sms: int) -> int:
-    """Edges of a forward work item, for at most `num_edges` edges of a chunk; `longest`: longest_forward_item.
+def forward_edges_per_item(largest: int, num_edges: int, num_sms: int) -> int:
+    """Edges of a forward work item, for at most `num_edges` edges of a chunk; `largest`: max_forward_edges_per_item.
 
     Where that makes fewer than 16 items an SM they are shorter, down to a quarter, 64 at least. (On an H200 main takes
     a seventh less for 8,192 tokens of 4 heads in groups of one, a quarter less for 2,048.)
     """
-    return round_up(min(longest, max(ceil_div(longest, 4), num_edges // (16 * num_sms))), 64)
+    return round_up(min(largest, max(ceil_div(largest, 4), num_edges // (16 * num_sms))), 64)
 
 
 def forward_min_rest(edges_per_item: int) -> int:
@@ -79,15 +79,15 @@ def backward_edges_per_item(num_edges: int, num_heads: int, num_sms: int, max_pi
     return max(64, round_up(edges, 64))
 
 
-def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks: int, longest_item: int) -> int:
+def forward_query_ranges(num_queries: int, row_bytes: int, topk: int, num_blocks: int, edges_per_item: int) -> int:
     """Ranges into which the forward cuts the queries of a chunk; its work items go through them one by one.
 
     Items of all blocks gather query rows (`row_bytes` a token: of one KV head's group) from all over a range, again and
-    again, and should find them in L2. More ranges make smaller cells: their edges stay half of the longest item on
-    average.
+    again, and should find them in L2. More ranges make smaller cells: their edges stay half an item on average.
+    `edges_per_item`: max_forward_edges_per_item.
     """
     queries_in_l2 = max(1, _QUERY_BYTES_IN_L2 // row_bytes)
-    most = 2 * num_queries * topk // (num_blocks * longest_item)
+    most = 2 * num_queries * topk // (num_blocks * edges_per_item)
     return max(1, min(ceil_div(num_queries, queries_in_l2), most))
 
 

@@ -256,7 +256,7 @@ def test_chunk_bytes_are_the_bytes_of_the_buffers() -> None:
     edges, cells = heads * queries * topk, heads * blocks
     scratch = 4 * (cells * tiling.plan_parts(heads, queries, 1) + cells + 2 * heads)
 
-    per_item = tiling.forward_edges_per_item(tiling.longest_forward_item(group, 64), edges, num_sms=132)
+    per_item = tiling.forward_edges_per_item(tiling.max_forward_edges_per_item(group, 64), edges, num_sms=132)
     plan = 4 * (cells + 1) + 4 * edges + 16 * (edges // per_item + cells) + 4
     # head_dim above 128: two sub-blocks of 64 keys; fp16 partial, fp32 lse, int32 exponent
     forward = edges * 2 * group * (2 * head_dim + 4) + 4 * cells * 2

@@ -30,7 +30,7 @@ def test_plan_parts(num_heads: int, num_queries: int, num_ranges: int) -> None:
 
 def test_query_ranges_keep_the_rows_of_a_range_in_l2() -> None:
     def ranges(num_queries: int, group_size: int) -> int:
-        per_item = tiling.longest_forward_item(group_size, 64)
+        per_item = tiling.max_forward_edges_per_item(group_size, 64)
         return tiling.forward_query_ranges(num_queries, 2 * 128 * group_size, 16, num_queries // 64 + 1, per_item)
 
     assert [ranges(65536, group_size) for group_size in (1, 2, 4, 8)] == [1, 2, 4, 8]
@@ -41,11 +41,11 @@ def test_query_ranges_keep_the_rows_of_a_range_in_l2() -> None:
 @pytest.mark.parametrize(("tile_k", "rows"), [(32, 512), (64, 1024), (128, 2048)])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 64, 128])
 def test_forward_items(group_size: int, tile_k: int, rows: int) -> None:
-    longest = tiling.longest_forward_item(group_size, tile_k)
-    assert longest % 64 == 0 and rows <= longest * group_size < rows + 64 * group_size
-    shortest = tiling.forward_edges_per_item(longest, 1, 132)
-    assert shortest % 64 == 0 and longest <= 4 * shortest < longest + 256
-    assert tiling.forward_edges_per_item(longest, 1 << 24, 132) == longest
+    largest = tiling.max_forward_edges_per_item(group_size, tile_k)
+    assert largest % 64 == 0 and rows <= largest * group_size < rows + 64 * group_size
+    smallest = tiling.forward_edges_per_item(largest, 1, 132)
+    assert smallest % 64 == 0 and largest <= 4 * smallest < largest + 256
+    assert tiling.forward_edges_per_item(largest, 1 << 24, 132) == largest
     assert tiling.forward_edges_per_item(1024, 1 << 20, 132) == 512
 
 
