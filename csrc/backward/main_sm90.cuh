@@ -255,7 +255,7 @@ __device__ __forceinline__ void store_query_gradient(
             const auto& tiles = dq[group];
             const uint4 chunk =
                 make_uint4(scaled_pair(tiles[0]), scaled_pair(tiles[1]), scaled_pair(tiles[2]), scaled_pair(tiles[3]));
-            store_global_16(target.chunk[half] + 64 * group, chunk, 32 * group < target.columns_left[half]);
+            store_global_16_streaming(target.chunk[half] + 64 * group, chunk, 32 * group < target.columns_left[half]);
         }
     }
 }

@@ -115,7 +115,8 @@ __device__ __forceinline__ void finish_rows(QueryTileRows<Traits>& rows) {
 }
 
 // Q and dO of a tile, asynchronously. Rows that do not exist and columns behind head_dim become zeros. Neighbouring
-// threads copy neighbouring chunks of a panel's row.
+// threads copy neighbouring chunks of a panel's row. Each of a query's blocks asks for its rows again, so L2 keeps them
+// rather than partials of dQ, which pass through it once.
 template <typename Traits>
 __device__ __forceinline__ void gather_queries(
     const SharedTiles<Traits>& shared, const BackwardMainParams& p, int tile) {
@@ -127,6 +128,7 @@ __device__ __forceinline__ void gather_queries(
     const int thread = own_thread<Traits>(), first_row = thread / kChunks, chunk = thread % kChunks;
     const int chunks_left = p.geometry.head_dim / 8 - chunk;
     const uint32_t q = shared.q(tile) + Tile::offset(first_row, chunk);
+    const uint64_t policy = evict_last_policy();
     typename QueryTileRows<Traits>::Source source[kPerThread];
     bool exists[kPerThread];
 #pragma unroll
@@ -141,8 +143,9 @@ __device__ __forceinline__ void gather_queries(
         for (int panel = 0; panel < kPanels; ++panel) {
             const bool valid = exists[i] && panel * kChunks < chunks_left;
             const int column = panel * Tile::kPanelColumns;
-            cp_async_16(to + panel * Tile::kPanelBytes, source[i].q + chunk * 8 + column, valid);
-            cp_async_16(to + Tile::kBytes + panel * Tile::kPanelBytes, source[i].dout + chunk * 8 + column, valid);
+            cp_async_16(to + panel * Tile::kPanelBytes, source[i].q + chunk * 8 + column, valid, policy);
+            cp_async_16(
+                to + Tile::kBytes + panel * Tile::kPanelBytes, source[i].dout + chunk * 8 + column, valid, policy);
         }
     }
 }

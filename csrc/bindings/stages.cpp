@@ -10,7 +10,9 @@
 #include "forward/shared.h"
 #include "forward/split.h"
 #include "host/arguments.h"
+#include "host/checks.h"
 #include "host/context.h"
+#include "params.h"
 #include "plan/plan.h"
 
 namespace fsa {

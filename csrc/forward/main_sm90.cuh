@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
             if (first_row + kStep + first_of_warpgroup < item.num_rows) gather(Stage::kBytes - stage, next_row);
             next_edge = edge_of(first_row + 2 * kStep);
             mask_invisible<Traits>(s, row);
-            // L2 keeps them until those of a query's other blocks have come: memory takes whole sectors of eight.
+            // L2 keeps log-sum-exps until those of a query's other blocks have come: memory takes whole sectors of eight.
             normalise_and_store_lse<Traits>(probs, s, p, state, row, [](float* address, float lse) {
                 store_global_4(address, lse, evict_last_policy());
             });

@@ -54,10 +54,10 @@ __device__ __forceinline__ void gather_queries(
     }
 }
 
-// S = Q K^T. Q is in registers 128 columns at a time, 64 beside a large S.
+// S = Q K^T. Q is in registers 128 columns at a time; 64 where S has 128 keys of as many columns: more would spill.
 template <typename Traits>
 __device__ __forceinline__ void compute_scores_sm90(Scores<Traits>& s, uint32_t stage, uint32_t k_tile) {
-    constexpr int kSteps = Traits::kHeadDim / 16, kMost = Traits::kTileK > 64 ? 4 : 8,
+    constexpr int kSteps = Traits::kHeadDim / 16, kMost = Traits::kTileK == 128 && Traits::kHeadDim == 128 ? 4 : 8,
                   kBatch = kSteps < kMost ? kSteps : kMost;
     auto& accumulators = reinterpret_cast<float (&)[Traits::kTileK / 2]>(s);
 #pragma unroll
