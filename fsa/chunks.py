@@ -87,7 +87,7 @@ def cut(sizes: Sizes, which: Pass, limit: int) -> tuple[int, int]:
 
 
 def _fill_items(sizes: Sizes, num_queries: int) -> bool:
-    """Whether the edges of a block from so many queries are half a forward work item on average, of the largest.
+    """Whether so many queries give a block, on average, half the edges of a forward work item of the largest size.
 
     Fewer queries load every K and V for less, of which each chunk loads all. Many keys a query make such chunks.
     """
